@@ -1,0 +1,103 @@
+"""The `miram` command: one sub-command a stage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+if not __package__:
+    sys.exit("start this with `miram …` or `python -m miram …`, not by its file name")
+
+import typer
+
+from .data.__main__ import app as data_app
+from .engine.command import run_stage
+from .engine.errors import exit_code
+from .version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="High-resolution self-supervised pretraining for mammography on the hardware people have.",
+)
+app.add_typer(data_app, name="data")
+
+# A stage reads its own arguments, --help among them: its keys are those of its configuration.
+STAGE = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and stop."""
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    asked: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """What may come before the sub-command."""
+
+
+@app.command(context_settings=STAGE, add_help_option=False)
+def pretrain(context: typer.Context) -> None:
+    """Train an encoder: CONFIG --section.key=value …; --help lists the keys."""
+    from .pretrain.config import PretrainConfig
+    from .pretrain.stage import pretrain as stage
+
+    run_stage("miram pretrain", PretrainConfig, stage, context.args)
+
+
+@app.command(context_settings=STAGE, add_help_option=False)
+def probe(context: typer.Context) -> None:
+    """Probe a frozen encoder: CONFIG --section.key=value …; --help lists the keys."""
+    from .finetune.config import ProbeConfig
+    from .finetune.stage import probe as stage
+
+    run_stage("miram probe", ProbeConfig, stage, context.args)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the first run.")] = None,
+) -> None:
+    """One HTML page: figures with intervals, curves, pictures."""
+    from .engine.report import write_report
+
+    print(f"wrote {write_report(runs, out or runs[0] / 'report.html')}")
+
+
+@app.command(context_settings=STAGE)
+def config(context: typer.Context, stage: Annotated[str, typer.Argument(help="Preset or YAML file of a stage.")]) -> None:
+    """Print a configuration as a run would resolve it: CONFIG --section.key=value …"""
+    from .engine.config import dump_yaml, load, read_tree
+    from .finetune.config import ProbeConfig
+    from .pretrain.config import PretrainConfig
+
+    schema = ProbeConfig if "probe" in read_tree(stage) else PretrainConfig
+    print(dump_yaml(load(schema, stage, context.args)), end="")
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="A data set of your own; default: phantoms made on the spot.")] = None,
+    task: Annotated[str | None, typer.Option(help="Label to probe; default: the first that fits.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/demo"),
+) -> None:
+    """Phantoms, shards, pretraining, probe, report: the whole path in minutes."""
+    from .demo import run_demo
+
+    run_demo(data, task, out)
+
+
+def main() -> None:
+    """Run the command; its exit code says how it ended."""
+    sys.exit(exit_code(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Find the breast on a film, cut it out, put the chest wall on the left, and keep what undoes all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage as ndi
+
+from .record import Circle, Film, Pixels
+
+Mask = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+# The search runs on a copy whose longest side is about WORK pixels; the lengths below are in its pixels.
+WORK = 256
+BLUR = 0.8  # against noise, and against gaps in fat that processing made dark
+FAR = 12  # beyond this distance from bright tissue lies background, not the dark rim under the skin
+OPENING = 10  # film edges, labels and letters are thinner than twice this, a breast is not
+REGROWTH = 14  # OPENING times the square root of two: back into the corners of the frame, and the nipple
+SKIN = 1.0  # the darkest skin is kept too
+
+# Brightness is in parts of the image's own bright end, as formats say little about the range in use.
+DARKEST_TISSUE = 0.04  # no breast is darker than this
+ABOVE_BACKGROUND = 0.025  # what tissue exceeds the film's own grey by
+FEW = 0.01  # of the frame: so little grey beside a black background is dark tissue
+EMPTY = 1e-3  # of the largest value allowed: a frame that never exceeds it is blank
+FLAT = 0.2  # a frame whose coarse brightness varies less than this holds nothing
+
+SMALLEST = 0.02  # of the frame: less than this is a marker or a speck, not a breast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How a stored image came out of its film: crop box in film pixels, then a horizontal flip."""
+
+    height: int  # of the film, as is width
+    width: int
+    top: int
+    left: int
+    bottom: int  # exclusive, as is right
+    right: int
+    flipped: bool
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.top < self.bottom <= self.height and 0 <= self.left < self.right <= self.width):
+            raise ValueError(f"The crop box does not lie within the film: {self}.")
+
+    @classmethod
+    def whole(cls, height: int, width: int) -> Geometry:
+        """The geometry that changes nothing."""
+        return cls(height=height, width=width, top=0, left=0, bottom=height, right=width, flipped=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
+        """What `as_dict` gave, read back."""
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, int | bool]:
+        """The fields by name, ready for JSON."""
+        return asdict(self)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the stored image."""
+        return self.bottom - self.top, self.right - self.left
+
+    def apply(self, image: NDArray[Any]) -> NDArray[Any]:
+        """Film (height, width, ...) -> stored image (*shape, ...), a copy."""
+        self._expect(image, (self.height, self.width))
+        box = image[self.top : self.bottom, self.left : self.right]
+        return (box[:, ::-1] if self.flipped else box).copy()
+
+    def restore(self, image: NDArray[Any]) -> NDArray[Any]:
+        """Stored image (*shape, ...) -> film (height, width, ...), zero outside the crop."""
+        self._expect(image, self.shape)
+        film = np.zeros((self.height, self.width, *image.shape[2:]), image.dtype)
+        film[self.top : self.bottom, self.left : self.right] = image[:, ::-1] if self.flipped else image
+        return film
+
+    def apply_circle(self, circle: Circle) -> Circle:
+        """A circle on the film -> the same circle on the stored image."""
+        x = self.right - 1 - circle.x if self.flipped else circle.x - self.left
+        return replace(circle, x=x, y=circle.y - self.top)
+
+    def restore_circle(self, circle: Circle) -> Circle:
+        """A circle on the stored image -> the same circle on the film."""
+        x = self.right - 1 - circle.x if self.flipped else circle.x + self.left
+        return replace(circle, x=x, y=circle.y + self.top)
+
+    @staticmethod
+    def _expect(image: NDArray[Any], shape: tuple[int, int]) -> None:
+        if image.shape[:2] != shape:
+            raise ValueError(f"The image is {image.shape[:2]}, but this geometry is for {shape}.")
+
+
+def isolate(film: Film, *, margin: float = 0.01) -> tuple[Film, Geometry]:
+    """The breast alone: all else zero, cropped with a margin (a part of the longest side), chest wall left.
+
+    Values inside the breast stay as they are. Circles and mask follow; the crop holds the whole mask.
+    Raises ValueError where there is no breast to see.
+    """
+    breast = find_breast(film.pixels, film.max_value)
+    if breast.mean() < SMALLEST:
+        raise ValueError(f"No breast found: what looks like tissue covers {breast.mean():.1%} of the frame.")
+    # Pixels of a finding outside the breast are zeroed all the same: left there, they would give it away.
+    keep = breast if film.mask is None else breast | (film.mask > 0)
+    geometry = _geometry(keep, round(margin * max(breast.shape)), flipped=_wall_is_right(breast))
+    pixels: Pixels = film.pixels * breast
+    stored = replace(
+        film,
+        pixels=geometry.apply(pixels),
+        circles=tuple(geometry.apply_circle(c) for c in film.circles),
+        mask=None if film.mask is None else geometry.apply(film.mask),
+    )
+    return stored, geometry
+
+
+def find_breast(pixels: Pixels, max_value: int) -> Mask:
+    """Where the breast is, pectoral muscle included: (H, W) -> (H, W), all False where there is none.
+
+    The frame must be dark outside the breast. Values may fill any part of 0..max_value.
+    """
+    factor = max(1, round(max(pixels.shape) / WORK))
+    small = ndi.gaussian_filter(_shrink(pixels, factor), BLUR)
+    if _is_blank(small, max_value):
+        return np.zeros(pixels.shape, np.bool_)
+    breast = _largest_body(small > _threshold(small))
+    # Enlarging the distance instead of the mask gives a smooth outline and room for the skin at once.
+    return _within(SKIN, _distance_to(breast), pixels.shape, factor)
+
+
+def _shrink(pixels: Pixels, factor: int) -> Floats:
+    """Means of factor x factor blocks, the last ones filled up by repetition."""
+    height, width = (-(-side // factor) for side in pixels.shape)
+    rest = [(0, height * factor - pixels.shape[0]), (0, width * factor - pixels.shape[1])]
+    padded = np.pad(pixels, rest, mode="edge")
+    rows = padded.reshape(height, factor, -1).sum(axis=1, dtype=np.float32)
+    small: Floats = rows.reshape(height, width, factor).mean(axis=2) / np.float32(factor)
+    return small
+
+
+def _is_blank(small: Floats, max_value: int) -> bool:
+    low, high = np.percentile(ndi.gaussian_filter(small, 2), (1, 99))
+    return bool(high <= EMPTY * max_value or high - low < FLAT * high)
+
+
+def _threshold(small: Floats) -> float:
+    """The brightness between background and skin.
+
+    Otsu's threshold parts gland from fat and background, so half of it is surely inside the breast. Well away
+    from there is the background, be it zero or a film's grey, and tissue begins just above that.
+    """
+    top = float(np.percentile(small[small > small.min()], 99))
+    bright = _otsu(np.minimum(small, top)) / 2
+    # The frame's minimum is left out: scans are padded with it, and the film's grey is brighter.
+    quiet = small[(_distance_to(small > bright) > FAR) & (small > small.min())]
+    background = float(np.median(quiet)) if quiet.size > FEW * small.size else 0.0
+    return min(max(background + ABOVE_BACKGROUND * top, DARKEST_TISSUE * top), bright)
+
+
+def _otsu(values: Floats) -> float:
+    """The threshold with the largest variance between what is below and what is above it."""
+    counts, edges = np.histogram(values, 256)
+    sums = np.cumsum(counts * (edges[1:] + edges[:-1]) / 2)
+    below = np.cumsum(counts)[:-1]
+    above = values.size - below
+    gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
+    return float(edges[1:-1][np.argmax(below * above * gap**2)])
+
+
+def _largest_body(tissue: Mask) -> Mask:
+    """The largest piece of tissue that is not thin, nor joined to the rest by a thin bridge, holes filled."""
+    # The frame is padded so that a strip along its edge is thin, too.
+    solid: Mask = ndi.binary_fill_holes(tissue)
+    depth: NDArray[np.float64] = ndi.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1]
+    core = _largest_piece(depth > OPENING)
+    return _largest_piece(solid & (_distance_to(core) <= REGROWTH))
+
+
+def _largest_piece(mask: Mask) -> Mask:
+    pieces, count = ndi.label(mask)
+    sizes = np.bincount(pieces.ravel())
+    return np.asarray(pieces == 1 + np.argmax(sizes[1:])) if count else mask
+
+
+def _distance_to(mask: Mask) -> Floats:
+    """Distance of each pixel to the mask, zero inside, beyond every pixel where the mask is empty."""
+    if not mask.any():
+        return np.full(mask.shape, sum(mask.shape), np.float32)
+    distance: NDArray[np.float64] = ndi.distance_transform_edt(~mask)
+    return distance.astype(np.float32)
+
+
+def _within(limit: float, small: Floats, shape: tuple[int, ...], factor: int) -> Mask:
+    """Where a map that `_shrink` made small, interpolated back to the first shape, is at most the limit."""
+    start, end, part = _neighbours(small.shape[1], shape[1], factor)
+    wide = small[:, start] * (1 - part) + small[:, end] * part
+    inside = np.empty(shape, np.bool_)
+    # Row by row the work stays in the cache: twice as fast on a large film.
+    for row, above, below, weight in zip(inside, *_neighbours(len(small), shape[0], factor), strict=True):
+        np.less_equal(wide[above] * (1 - weight) + wide[below] * weight, limit, out=row)
+    return inside
+
+
+def _neighbours(count: int, length: int, factor: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
+    """For each of `length` pixels: the two of `count` blocks it lies between, the weight of the second."""
+    place = np.clip((np.arange(length, dtype=np.float32) + 0.5) / factor - 0.5, 0, count - 1)
+    start = place.astype(np.intp)
+    return start, np.minimum(start + 1, count - 1), (place - start).astype(np.float32)
+
+
+def _geometry(keep: Mask, margin: int, *, flipped: bool) -> Geometry:
+    """The box around what is kept, widened by the margin as far as the frame goes."""
+    height, width = keep.shape
+    rows, columns = np.flatnonzero(keep.any(axis=1)), np.flatnonzero(keep.any(axis=0))
+    return Geometry(
+        height=height,
+        width=width,
+        top=max(int(rows[0]) - margin, 0),
+        left=max(int(columns[0]) - margin, 0),
+        bottom=min(int(rows[-1]) + 1 + margin, height),
+        right=min(int(columns[-1]) + 1 + margin, width),
+        flipped=flipped,
+    )
+
+
+def _wall_is_right(breast: Mask) -> bool:
+    """Whether the chest wall is on the right: the breast is tallest there, and tapers towards the nipple."""
+    heights = np.trim_zeros(np.count_nonzero(breast, axis=0))
+    half = heights.size // 2
+    return bool(heights[-half:].sum() > heights[:half].sum())

@@ -1,0 +1,46 @@
+"""Names that tell nobody who the patient is, yet are the same every time.
+
+A key is an HMAC of the archive's own id under a secret that stays in the user's configuration folder: the same film
+gets the same key in every data set of one lab (leaks between sets show), and nobody who knows the id can recompute it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from ..engine.errors import UserError
+
+
+def default_key_file() -> Path:
+    """The persistent secret: $XDG_CONFIG_HOME/miram/key or ~/.config/miram/key."""
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(base) / "miram" / "key"
+
+
+def read_secret(path: Path | None = None) -> bytes:
+    """The secret in `path`, or the user's own, made on first use.
+
+    Raises:
+        UserError: a file was named that is not there or holds fewer than 16 bytes.
+    """
+    file = path or default_key_file()
+    if path is None and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as new:
+            new.write(secrets.token_hex(32) + "\n")
+    if not file.is_file():
+        raise UserError(f"the key file {file} is not there; make one with at least 16 random bytes, or leave out --key")
+    secret = file.read_bytes().strip()
+    if len(secret) < 16:
+        raise UserError(f"the key file {file} holds fewer than 16 bytes; put more randomness into it")
+    return secret
+
+
+def hashed(secret: bytes, *parts: str) -> str:
+    """16 hex digits of HMAC-SHA256 over the parts."""
+    return hmac.new(secret, "\x1f".join(parts).encode(), hashlib.sha256).hexdigest()[:16]

@@ -1,0 +1,109 @@
+"""mini-MIAS (Suckling et al. 1994): 322 films, 1024 x 1024 at 0.2 mm a pixel, 8 bits.
+
+    SRC/mdb001.pgm …
+    SRC/Info.txt or README      lines `mdb005 F CIRC B 477 133 30`: film, tissue, finding, severity, x, y, radius
+
+y counts from the bottom; films 2k-1 and 2k are one patient; a film with several findings has several lines; a finding
+without coordinates is spread over the breast. Odd films are right breasts, even ones left; all are MLO.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ...engine.errors import UserError
+from ..image import UnreadableImage, read_film
+from ..ingest import Archive
+from ..record import Circle, Film, Record
+
+SIDE = 1024
+SPACING_MM = 0.2
+LINE = re.compile(r"^(mdb(\d{3}))\s+([FGD])\s+([A-Z]{4})(?:\s+([BM]))?(?:\s+(\d+)\s+(\d+)\s+(\d+))?")
+LICENCE = "MIAS licence agreement: research only, not to be passed on"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    tissue: str
+    kind: str
+    severity: str
+    circle: Circle | None
+
+
+def read(src: Path, labels: Path | None = None) -> Archive:
+    """The films that are there, with the table's labels.
+
+    Raises:
+        UserError: no film or no table in the folder, or a label file was given (the table is the labels).
+    """
+    if labels is not None:
+        raise UserError("the mias source reads its own table; leave out --labels, or use `ingest folder`")
+    films = {path.stem.lower(): path for path in sorted(src.rglob("*.pgm"))}
+    if not films:
+        raise UserError(f"{src} holds no mdbNNN.pgm; name the folder of the mini-MIAS films")
+    table = read_table(src)
+    records = [record(path, table[name]) for name, path in films.items() if name in table]
+    return Archive(dataset="mias", licence=LICENCE, records=records)
+
+
+def read_table(src: Path) -> dict[str, list[Finding]]:
+    """Findings by film, from the first file in the folder that holds lines of the table.
+
+    Raises:
+        UserError: no file does.
+    """
+    for path in sorted(p for p in src.rglob("*") if p.is_file() and p.suffix.lower() in ("", ".txt")):
+        table = defaultdict(list)
+        for line in path.read_text(errors="replace").splitlines():
+            if match := LINE.match(line.strip()):
+                table[match[1]].append(finding(match))
+        if table:
+            return dict(table)
+    raise UserError(f"{src} holds no table of findings (Info.txt or README with lines like `mdb001 G CIRC B 535 425 197`)")
+
+
+def finding(match: re.Match[str]) -> Finding:
+    """One matched line; x, y become pixels from the top left."""
+    circle = None
+    if match[6]:
+        x, y, radius = float(match[6]), float(match[7]), float(match[8])
+        circle = Circle(x=x, y=SIDE - 1 - y, radius=radius, label=match[4])
+    return Finding(tissue=match[3], kind=match[4], severity=match[5] or "N", circle=circle)
+
+
+def record(path: Path, findings: list[Finding]) -> Record:
+    """A film's record: the severest finding decides `severity`, findings of several kinds are joined by `+`."""
+    number = int(path.stem[3:])
+    circles = tuple(f.circle for f in findings if f.circle is not None)
+    return Record(
+        read=partial(read_with_circles, path, circles),
+        name=path.name,
+        image_id=path.stem.lower(),
+        patient_id=f"pair{(number + 1) // 2:03d}",
+        laterality="L" if number % 2 == 0 else "R",
+        view="MLO",
+        labels={
+            "tissue": findings[0].tissue,
+            "finding": "+".join(sorted({f.kind for f in findings})),
+            "severity": max((f.severity for f in findings), key="NBM".index),
+            "abnormal": int(findings[0].kind != "NORM"),
+        },
+    )
+
+
+def read_with_circles(path: Path, circles: tuple[Circle, ...]) -> Film:
+    """The film and its findings.
+
+    Raises:
+        UnreadableImage: the file cannot be decoded or has another size than the table's coordinates assume.
+    """
+    film = read_film(path)
+    if film.pixels.shape != (SIDE, SIDE):
+        raise UnreadableImage(f"it has {film.pixels.shape[1]} x {film.pixels.shape[0]} pixels, mini-MIAS has {SIDE} x {SIDE}")
+    return Film(pixels=film.pixels, max_value=film.max_value, spacing_mm=SPACING_MM, circles=circles)

@@ -1,0 +1,103 @@
+"""The training stream: which sample comes when is a pure function of (seed, epoch), for any number of ranks and workers.
+
+An epoch is a permutation: shards are shuffled, taken a few at a time so that few are open at once, and the samples of
+those are shuffled together. Global batch t of an epoch is samples t*B … (t+1)*B of it; the tail that fills no batch is
+dropped. Where a run stands is one integer, the number of batches it has taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from ..engine.errors import UserError
+from ..engine.guard import ignore_stop_signals
+from ..engine.seeding import generator
+from .shards import Sample, ShardDataset
+
+Place = tuple[int, int]  # sample number, epoch
+SHARDS_AT_ONCE = 8
+
+View = Callable[[Sample, int], dict[str, Any]]
+
+
+def epoch_order(shard_sizes: tuple[int, ...], seed: int, epoch: int) -> NDArray[np.int64]:
+    """The permutation of samples 0 … n-1 that is epoch `epoch`."""
+    rng = generator(seed, epoch, "order")
+    starts = np.cumsum((0, *shard_sizes))
+    shards = rng.permutation(len(shard_sizes))
+    blocks = [shards[i : i + SHARDS_AT_ONCE] for i in range(0, len(shards), SHARDS_AT_ONCE)]
+    samples = [np.concatenate([np.arange(starts[s], starts[s + 1]) for s in block]) for block in blocks]
+    return np.concatenate([rng.permutation(block) for block in samples])
+
+
+class ViewDataset(Dataset[dict[str, Any]]):
+    """Samples as views, by (sample number, epoch)."""
+
+    def __init__(self, shards: ShardDataset, view: View):
+        self.shards, self.view = shards, view
+
+    def __getitem__(self, place: Place) -> dict[str, Any]:  # type: ignore[override]
+        i, epoch = place
+        return self.view(self.shards[i], epoch)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+class EpochStream:
+    """Global batches of a data set without end, of which each rank is given its share.
+
+    Raises:
+        UserError: the data set does not fill one batch.
+    """
+
+    def __init__(self, shards: ShardDataset, view: View, batch_size: int, seed: int, workers: int):
+        self.dataset, self.batch_size, self.seed, self.workers = ViewDataset(shards, view), batch_size, seed, workers
+        self.shard_sizes = tuple(len(list(group)) for _, group in groupby(shards.paths))
+        self.batches_per_epoch = len(shards) // batch_size
+        if not self.batches_per_epoch:
+            raise UserError(f"train.batch_size={batch_size} is more than the {len(shards)} samples of data.shards; lower it")
+        self._order = lru_cache(maxsize=2)(epoch_order)
+
+    def places(self, batch: int) -> list[Place]:
+        """The samples of global batch number `batch`, counted from the start of training."""
+        epoch, t = divmod(batch, self.batches_per_epoch)
+        order = self._order(self.shard_sizes, self.seed, epoch)
+        return [(int(i), epoch) for i in order[t * self.batch_size : (t + 1) * self.batch_size]]
+
+    def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Iterator[dict[str, Any]]:
+        """Micro-batches of this rank from global batch `start` on."""
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            self.dataset,
+            batch_sampler=_Share(self, start, rank, world, micro_batch),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_stop_signals if self.workers else None,
+        )
+        try:
+            yield from loader
+        except UserError as error:  # torch wraps a worker's error into its traceback; the sentence is its end
+            raise UserError(str(error).rpartition("UserError: ")[2]) from None
+
+
+class _Share:
+    """One rank's micro-batches: each global batch is cut into `world` equal runs, each run into micro-batches."""
+
+    def __init__(self, stream: EpochStream, start: int, rank: int, world: int, micro_batch: int):
+        self.stream, self.start, self.rank, self.world, self.micro_batch = stream, start, rank, world, micro_batch
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        share = self.stream.batch_size // self.world
+        batch = self.start
+        while True:
+            mine = self.stream.places(batch)[self.rank * share : (self.rank + 1) * share]
+            yield from (mine[i : i + self.micro_batch] for i in range(0, share, self.micro_batch))
+            batch += 1

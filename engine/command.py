@@ -1,0 +1,35 @@
+"""The command line of a stage: CONFIG, then --section.key=value; `--help` lists every key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel
+
+from .config import keys, presets
+from .errors import UserError
+
+
+def run_stage(
+    command: str, schema: type[BaseModel], stage: Callable[[str, Sequence[str]], object], arguments: Sequence[str]
+) -> None:
+    """Show the help, or run the stage.
+
+    Raises:
+        UserError: no configuration was named, and whatever the stage raises.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(usage(command, schema))
+    elif not arguments or arguments[0].startswith("-"):
+        raise UserError(f"name a configuration first: {command} CONFIG …; presets: {', '.join(presets())}")
+    else:
+        stage(arguments[0], arguments[1:])
+
+
+def usage(command: str, schema: type[BaseModel]) -> str:
+    """`COMMAND CONFIG [--key=value …]` and the keys one may set."""
+    lines = [f"usage: {command} CONFIG [--section.key=value …]", ""]
+    lines += [f"CONFIG is a YAML file or a preset: {', '.join(presets())}", "", "keys (items of lists by number, e.g. --model.scales.1.depth=4):"]
+    for key, kind, default, meaning in keys(schema):
+        lines += [f"  --{key}  {kind}  [{default}]", f"      {meaning}"]
+    return "\n".join(lines)

@@ -1,0 +1,286 @@
+"""Configuration: a YAML file or shipped preset, overridden key by key, checked strictly, written back whole.
+
+    configs/<stage>/<name>.yaml   a preset, named `<stage>/<name>`
+    --section.key=value           an override; list items by index: --model.scales.1.depth=4
+    RUN/config.yaml               the resolved result, every key spelled out
+
+YAML is read by the 1.2 rules: `1e-4` is a number, `off` and `10:20` are strings, a repeated key is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from .errors import UserError, did_you_mean, one_line
+
+Tree = dict[str, Any]
+Key = tuple[str, ...]
+Schema = TypeVar("Schema", bound="Section")
+
+# Setting one of these on the command line takes the other out of the preset.
+ALTERNATIVES: dict[Key, Key] = {("train", "steps"): ("train", "epochs"), ("train", "epochs"): ("train", "steps")}
+
+
+class Section(BaseModel):
+    """A part of a configuration: unknown keys refused, types strict, values fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------------------------- YAML 1.2
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader with YAML 1.2 scalars that refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key_node.value!r} is given twice", key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back unchanged."""
+
+
+_SCALARS = [
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+]
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.yaml_implicit_resolvers = {}
+    for _tag, _pattern, _first in _SCALARS:
+        _yaml_class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read YAML text; `source` is named in the error.
+
+    Raises:
+        UserError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {error}") from error
+
+
+def dump_yaml(config: Section) -> str:
+    """Every key of the configuration as YAML that reads back equal."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------------------------------------- presets and overrides
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets, e.g. `pretrain/demo`."""
+    root = resources.files("miram") / "configs"
+    return sorted(
+        f"{stage.name}/{file.name.removesuffix('.yaml')}"
+        for stage in root.iterdir()
+        if stage.is_dir()
+        for file in stage.iterdir()
+        if file.name.endswith(".yaml")
+    )
+
+
+def read_tree(config: str) -> Tree:
+    """The YAML mapping of a preset name or a file path.
+
+    Raises:
+        UserError: there is neither, or it holds no mapping.
+    """
+    if config in presets():
+        text = (resources.files("miram") / "configs" / f"{config}.yaml").read_text()
+    elif Path(config).is_file():
+        text = Path(config).read_text()
+    else:
+        raise UserError(f"no preset and no file is called {config!r}{did_you_mean(config, presets())}")
+    tree = parse_yaml(text, config)
+    if not isinstance(tree, dict):
+        raise UserError(f"{config} must hold a mapping of sections, like those in the presets")
+    return tree
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[Key, Any]:
+    """`--a.b=value` and `--a.b value` as {("a", "b"): value}, values read as YAML.
+
+    Raises:
+        UserError: an argument is not of that form.
+    """
+    overrides: dict[Key, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise UserError(f"unexpected argument {argument!r}; settings are given as --section.key=value")
+        name, equals, text = argument[2:].partition("=")
+        if not equals:
+            text = next(rest, "--")
+            if text.startswith("--"):
+                raise UserError(f"--{name} has no value; write --{name}=value")
+        overrides[tuple(name.split("."))] = parse_yaml(text, f"--{name}")
+    return overrides
+
+
+def override(tree: Tree, key: Key, value: Any) -> None:
+    """Set one key of the tree in place, making sections and indexing lists on the way.
+
+    Raises:
+        UserError: a list index is out of range or not a number.
+    """
+    if key in ALTERNATIVES:
+        *parents, last = ALTERNATIVES[key]
+        _descend(tree, tuple(parents), key).pop(last, None)
+    parent = _descend(tree, key[:-1], key)
+    parent[_index(parent, key[-1], key)] = value
+
+
+def _descend(tree: Any, path: Key, key: Key) -> Any:
+    for part in path:
+        index = _index(tree, part, key)
+        if isinstance(tree, dict) and tree.get(index) is None:
+            tree[index] = {}
+        tree = tree[index]
+        if not isinstance(tree, dict | list):
+            raise UserError(f"--{'.'.join(key)}: {part} is a single value and holds no keys")
+    return tree
+
+
+def _index(parent: Any, part: str, key: Key) -> Any:
+    if isinstance(parent, dict):
+        return part
+    if not part.isdigit() or int(part) >= len(parent):
+        raise UserError(f"--{'.'.join(key)}: {part!r} is not an item of a list of {len(parent)} (the first is 0)")
+    return int(part)
+
+
+# ---------------------------------------------------------------------------------------------- checking
+
+
+def load(schema: type[Schema], config: str, arguments: Sequence[str] = ()) -> Schema:
+    """Preset or file, then command-line overrides, checked against the schema.
+
+    Raises:
+        UserError: one line that names the file or override, the full key, and the nearest valid name.
+    """
+    tree = read_tree(config)
+    overrides = parse_overrides(arguments)
+    for key, value in overrides.items():
+        override(tree, key, value)
+    return check(schema, tree, config, overrides)
+
+
+def check(schema: type[Schema], tree: Tree, source: str, overrides: Mapping[Key, Any] | None = None) -> Schema:
+    """Validate a tree; JSON mode so that lists become tuples while numbers and strings stay apart."""
+    try:
+        return schema.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        lines = [_explain(schema, problem, source, overrides or {}) for problem in error.errors()]
+        raise UserError("; ".join(dict.fromkeys(lines))) from error
+
+
+def _explain(schema: type[BaseModel], problem: Any, source: str, overrides: Mapping[Key, Any]) -> str:
+    location = tuple(str(part) for part in problem["loc"] if not _is_union_tag(part))
+    path = ".".join(location)
+    given = any(key[: len(location)] == location for key in overrides)
+    origin = f"--{path}" if given else f"{source}: {path}" if path else source
+    if problem["type"] == "extra_forbidden":
+        return f"{origin} is not a known key{_nearest(schema, location)}"
+    if problem["type"] == "missing":
+        return f"{origin} is missing; set it in the file or with --{path}=…"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    value = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    return one_line(f"{origin}: {message}{value}")
+
+
+def _is_union_tag(part: int | str) -> bool:
+    """Pydantic puts the tried type of a union (`str`, `list[str]`) into an error's location."""
+    return isinstance(part, str) and bool(re.fullmatch(r"str|int|float|bool|(list|tuple|dict)\[.*\]", part))
+
+
+def _nearest(schema: type[BaseModel], location: Key) -> str:
+    """`; did you mean 'train.batch_size'?` among the keys beside the unknown one."""
+    model: Any = schema
+    for part in location[:-1]:
+        model = _inner(model.model_fields[part].annotation) if not part.isdigit() else model
+    parent = ".".join(location[:-1])
+    known = list(model.model_fields)
+    hint = did_you_mean(location[-1], known)
+    return hint.replace("did you mean '", f"did you mean '{parent}.") if parent else hint
+
+
+def _inner(annotation: Any) -> Any:
+    """The section class inside `list[X]`, `X | None` and the like."""
+    if get_origin(annotation) is None:
+        return annotation
+    inner = [_inner(a) for a in get_args(annotation) if a is not type(None)]
+    sections = [a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)]
+    return sections[0] if sections else inner[0]
+
+
+def options_of(function: Callable[..., Any]) -> type[Section]:
+    """The keyword-only parameters of a function or class as a schema, so that `options` are checked like any key."""
+    fields: dict[str, Any] = {
+        name: (parameter.annotation, parameter.default)
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    return create_model(f"{function.__name__}Options", __base__=Section, **fields)
+
+
+def check_options(function: Callable[..., Any], options: Tree, owner: str) -> None:
+    """Refuse options that the function does not take, or takes with another type.
+
+    Raises:
+        ValueError: with a sentence for the user; inside a validator it becomes part of the config's error.
+    """
+    try:
+        check(options_of(function), options, "options")
+    except UserError as error:
+        raise ValueError(f"{error} (options of {owner})") from error
+
+
+def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every setting, for `--help`."""
+    for name, field in schema.model_fields.items():
+        inner = _inner(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, Section):
+            dot = ".0." if get_origin(field.annotation) in (list, tuple) else "."
+            yield from keys(inner, f"{prefix}{name}{dot}")
+        else:
+            default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), default=str)
+            yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_type_name(a) for a in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    if get_origin(annotation) is not None and str(annotation).startswith("typing.Literal"):
+        return "|".join(map(str, get_args(annotation)))
+    return str(getattr(annotation, "__name__", annotation)) if get_origin(annotation) is None else str(annotation)

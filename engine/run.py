@@ -1,0 +1,153 @@
+"""The run folder, the same for every stage.
+
+    RUN/config.yaml              resolved configuration; compared when the run is taken up again
+    RUN/state.json               running, finished, preempted or failed, and why
+    RUN/metrics.jsonl            one object a logged step, flushed line by line
+    RUN/checkpoints/step-…/      see checkpoint.py
+    RUN/encoder.safetensors      pretraining's product, with encoder.json beside it
+    RUN/result.json              an evaluation's figures
+    RUN/figures/*.png            pictures, with captions.json
+    RUN/report.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import Section, dump_yaml, parse_yaml
+from .errors import Preempted, UserError, one_line
+from .files import read_json, write_atomic, write_json
+
+STATE = "miram.state/1"
+RESULT = "miram.result/1"
+CAPTIONS = "miram.captions/1"
+Status = Literal["running", "finished", "preempted", "failed"]
+
+# Settings that may change between a run and its continuation: none of them can change a figure.
+FREE = {"out", "data.workers", "data.cache_mb"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that is known to belong to this configuration."""
+
+    folder: Path
+    stage: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.folder / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier start of the same command reached its end."""
+        path = self.folder / "state.json"
+        return path.exists() and read_json(path, STATE)["status"] == "finished"
+
+    def mark(self, status: Status, reason: str = "") -> None:
+        """Write what became of the run; launchers hide exit codes, this file does not."""
+        write_json(self.folder / "state.json", STATE, {"stage": self.stage, "status": status, "reason": reason})
+
+    @contextmanager
+    def recorded(self, writes: bool = True) -> Iterator[None]:
+        """Keep state.json true: running inside, then finished, preempted or failed. Only the rank that writes does."""
+        if not writes:
+            yield
+            return
+        self.mark("running")
+        try:
+            yield
+        except Preempted as stop:
+            self.mark("preempted", str(stop))
+            raise
+        except BaseException as error:
+            self.mark("failed", one_line(f"{type(error).__name__}: {error}"))
+            raise
+        self.mark("finished")
+
+    def result(self, content: Mapping[str, Any]) -> None:
+        """Write an evaluation's figures."""
+        write_json(self.folder / "result.json", RESULT, {"stage": self.stage, **content})
+
+    def caption(self, captions: Mapping[str, str]) -> Path:
+        """Write the figures' captions and return the folder they go to."""
+        figures = self.folder / "figures"
+        write_json(figures / "captions.json", CAPTIONS, dict(captions))
+        return figures
+
+
+def open_run(config: Section, folder: str, stage: str) -> Run:
+    """Create the run folder, or take up the one that is there if it was made by the same configuration.
+
+    Raises:
+        UserError: the folder holds something else, or a run whose configuration differs.
+    """
+    run = Run(Path(folder), stage)
+    saved = run.folder / "config.yaml"
+    if saved.is_file():
+        _same_config(config, saved)
+    elif run.folder.is_dir() and any(run.folder.iterdir()):
+        raise UserError(f"{folder} is not empty and is no run; choose another --out or empty it")
+    elif run.folder.exists() and not run.folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --out")
+    else:
+        write_atomic(saved, dump_yaml(config))
+    return run
+
+
+def _same_config(config: Section, saved: Path) -> None:
+    before, now = _flat(parse_yaml(saved.read_text(), str(saved))), _flat(parse_yaml(dump_yaml(config), "config"))
+    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE)
+    if differing:
+        changes = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(f"{saved.parent} was started with another configuration ({changes}{more}); choose another --out")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, part in tree.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        return {k: v for i, part in enumerate(tree) for k, v in _flat(part, f"{prefix}{i}.").items()}
+    return {prefix.removesuffix("."): tree}
+
+
+class MetricsFile:
+    """`metrics.jsonl`: appended line by line, cut back to the checkpoint when a run is taken up again."""
+
+    def __init__(self, path: Path, resumed_step: int, writes: bool = True):
+        self.path, self.resumed_step, self.writes = path, resumed_step, writes
+
+    def __enter__(self) -> MetricsFile:
+        if self.writes:
+            before = read_metrics(self.path) if self.path.exists() else []
+            kept = [json.dumps(line) + "\n" for line in before if line["step"] <= self.resumed_step]
+            write_atomic(self.path, "".join(kept))
+            self._file = self.path.open("a", buffering=1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writes:
+            self._file.close()
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add one line; it is on its way to disk when this returns."""
+        if self.writes:
+            self._file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut short by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,72 @@
+"""What a person watching a run sees: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+def progress_bar() -> Progress:
+    """The bar every stage uses; silent where the output is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+class Tracker:
+    """Progress of one training on rank 0; other ranks stay silent."""
+
+    def __init__(self, name: str, steps: int, start: int, visible: bool):
+        self.visible, self.steps = visible, steps
+        self._bar = progress_bar()
+        self._bar.disable = self._bar.disable or not visible
+        self._task = self._bar.add_task(name, total=steps, completed=start, note="")
+        self._clock, self._clock_step = time.perf_counter(), start
+
+    def __enter__(self) -> Tracker:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """One step is done."""
+        self._bar.update(self._task, completed=step)
+
+    def steps_per_second(self, step: int) -> float:
+        """Since it was last asked."""
+        now = time.perf_counter()
+        rate = (step - self._clock_step) / max(now - self._clock, 1e-9)
+        self._clock, self._clock_step = now, step
+        return rate
+
+    def show(self, line: Mapping[str, float]) -> None:
+        """A logged step, in a few figures."""
+        note = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_s']:.0f} images/s"
+        self._bar.update(self._task, note=note)
+        if self.visible and not console.is_terminal:
+            print(f"step {int(line['step'])}/{self.steps}  {note}", file=sys.stderr, flush=True)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: of the device where there is one, else of this process."""
+    import torch  # data work, which only wants the bar, starts without it
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

@@ -1,0 +1,151 @@
+"""The probe stage: an encoder and a labelled data set in, figures with intervals out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from timm.models.vision_transformer import VisionTransformer
+
+from ..data.shards import ShardDataset
+from ..engine.config import load
+from ..engine.files import write_atomic
+from ..engine.metrics import Estimate, Floats, bootstrap_scores, chance, patient_bootstrap, score
+from ..engine.run import Run, open_run
+from ..engine.seeding import stable_seed
+from ..pretrain.encoder import load_encoder, random_like
+from .config import ProbeConfig
+from .features import cached_features
+from .figures import CAPTION, draw_probe
+from .probe import Judgement, Task, fold_scores, judge, outer_folds, read_task
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One encoder's judgement, its figure and the figure's bootstrap samples."""
+
+    name: str
+    judgement: Judgement
+    value: float
+    samples: Floats
+    folds: list[float]
+
+    @property
+    def estimate(self) -> Estimate:
+        """The figure with its interval."""
+        return Estimate.of(self.value, self.samples)
+
+
+def probe(config: str, arguments: Sequence[str] = ()) -> Run:
+    """`miram probe CONFIG --a.b=value …`.
+
+    Raises:
+        UserError: configuration, encoder, data or run folder are not usable.
+    """
+    settings = load(ProbeConfig, config, arguments)
+    shards = ShardDataset(settings.data.shards, settings.data.split, settings.data.cache_mb)
+    task = read_task(shards, settings.data.task)
+    splits, split_name = outer_folds(task, settings.probe.folds, settings.seed)
+    encoders = list(named_encoders(settings))
+    run = open_run(settings, settings.out, "probe")
+    if run.finished:
+        print(f"{run.folder} is finished; nothing to do")
+        return run
+    with run.recorded():
+        probed = [probe_encoder(name, vit, settings, shards, task, splits, run) for name, vit in encoders]
+        write_result(run, settings, task, split_name, probed)
+        write_predictions(run, shards, task, probed[0].judgement)
+        draw_probe(run.caption({"probe.png": CAPTION}) / "probe.png", task, [(p.name, p.judgement, p.folds) for p in probed])
+    return run
+
+
+def named_encoders(settings: ProbeConfig) -> Iterator[tuple[str, VisionTransformer]]:
+    """The encoder, then its controls with random weights."""
+    yield "pretrained", load_encoder(settings.probe.encoder)
+    for i in range(settings.probe.controls):
+        yield f"random {i + 1}", random_like(settings.probe.encoder, stable_seed(settings.seed, "control", i) % 2**63)
+
+
+def probe_encoder(
+    name: str, vit: VisionTransformer, settings: ProbeConfig, shards: ShardDataset, task: Task, splits: Sequence, run: Run
+) -> Probed:
+    """Features, judgement and figure of one encoder; folds, C grid and bootstrap samples are the same for all."""
+    section, seed = settings.probe, settings.seed
+    features = cached_features(vit, shards, section.pool, section.batch_size, run.folder / "features", name)[task.chosen]
+    judgement = judge(features, task, splits, section.c_grid, section.inner_folds, seed)
+    truth = task.truth[judgement.images]
+    weights = patient_bootstrap(truth, task.patients[judgement.images], section.replicates, seed)
+    samples = bootstrap_scores(task.metric, truth, judgement.probabilities, weights)
+    value = score(task.metric, truth, judgement.probabilities)
+    return Probed(name, judgement, value, samples, fold_scores(task, judgement))
+
+
+def write_result(run: Run, settings: ProbeConfig, task: Task, split: str, probed: list[Probed]) -> None:
+    """result.json: the encoder's figure first, then every other row, then differences on the same bootstrap samples."""
+    first, controls = probed[0], probed[1:]
+    judged = first.judgement.images
+    run.result(
+        {
+            "task": task.name,
+            "split": split + (f" of split {settings.data.split}" if settings.data.split else ""),
+            "metric": task.metric,
+            "value": first.value,
+            "interval": first.estimate.interval,
+            "n_images": len(judged),
+            "n_patients": len(np.unique(task.patients[judged])),
+            "classes": {name: int((task.truth[judged] == k).sum()) for k, name in enumerate(task.classes)},
+            "rows": list(rows(task, first, controls)),
+            "differences": list(differences(first, controls)),
+            "notes": notes(task, settings),
+        }
+    )
+
+
+def rows(task: Task, first: Probed, controls: list[Probed]) -> Iterator[dict[str, object]]:
+    """Every encoder, the controls' mean, and the majority class."""
+    for p in (first, *controls):
+        detail = f"C {', '.join(f'{c:g}' for c in p.judgement.chosen_c)}; folds {', '.join(f'{v:.3f}' for v in p.folds)}"
+        name = f"{p.name} encoder" if p is first else f"{p.name} weights"
+        yield {"name": name, "value": p.value, "interval": p.estimate.interval, "detail": detail}
+    if controls:
+        mean = mean_of(controls)
+        yield {"name": f"mean of {len(controls)} random", "value": mean.value, "interval": mean.interval}
+    yield {"name": "majority class", "value": chance(task.metric, len(task.classes)), "interval": None}
+
+
+def differences(first: Probed, controls: list[Probed]) -> Iterator[dict[str, object]]:
+    """The encoder against the mean of its controls, patient sample by patient sample."""
+    if controls:
+        gap = Estimate.of(
+            first.value - mean_of(controls).value, first.samples - np.mean([c.samples for c in controls], axis=0)
+        )
+        yield {"name": f"pretrained - mean of {len(controls)} random", "value": gap.value, "interval": gap.interval}
+
+
+def mean_of(probed: list[Probed]) -> Estimate:
+    """The mean figure of several encoders on the same images."""
+    return Estimate.of(float(np.mean([p.value for p in probed])), np.mean([p.samples for p in probed], axis=0))
+
+
+def notes(task: Task, settings: ProbeConfig) -> list[str]:
+    """How the figures were made, for the reader of the report."""
+    return [
+        f"Intervals: 95 %, {settings.probe.replicates} bootstrap samples of patients; they do not cover another pretraining seed.",
+        "C is chosen on inner folds of the training patients; each image is judged by a model that never saw its patient.",
+        f"{task.metric} over all judged images together, not averaged over folds."
+        + (f" AUC is of class {task.classes[1]!r}." if task.metric == "AUC" else ""),
+    ]
+
+
+def write_predictions(run: Run, shards: ShardDataset, task: Task, judgement: Judgement) -> None:
+    """predictions.csv: one row a judged image."""
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["key", "patient", "truth", "fold", *(f"p_{name}" for name in task.classes)])
+    for image, p, fold in zip(judgement.images, judgement.probabilities, judgement.fold, strict=True):
+        row = shards.rows[task.chosen[image]]
+        table.writerow([row["key"], row["patient"], task.classes[task.truth[image]], fold, *(f"{x:.6f}" for x in p)])
+    write_atomic(run.folder / "predictions.csv", buffer.getvalue())

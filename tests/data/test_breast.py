@@ -1,0 +1,283 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from miram.data.breast import Geometry, find_breast, isolate
+from miram.data.record import Circle, Film, Pixels
+from numpy.typing import NDArray
+
+HEIGHT, WIDTH = 900, 760
+Mask = NDArray[np.bool_]
+
+
+def half_ellipse(side: str = "L") -> tuple[NDArray[np.float64], Mask]:
+    """Brightness 0..1 that fades towards the skin, and where it is tissue, chest wall on the named side."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    radius = np.hypot((y - 470) / 400, x / 480)
+    tissue = radius < 1
+    light = np.where(tissue, 0.15 + 0.75 * np.sqrt(np.clip(1 - radius, 0, 1)), 0.0)
+    return (light, tissue) if side == "L" else (light[:, ::-1], tissue[:, ::-1])
+
+
+def film_scan(side: str = "L", seed: int = 0) -> tuple[NDArray[np.uint8], Mask]:
+    """Eight bits, the film's own grey behind the breast, noise."""
+    light, tissue = half_ellipse(side)
+    noise = np.random.default_rng(seed).normal(0, 2, light.shape)
+    return np.clip(np.where(tissue, 235 * light, 12) + noise, 0, 255).astype(np.uint8), tissue
+
+
+def digital(side: str = "L", seed: int = 0) -> tuple[NDArray[np.uint16], Mask]:
+    """Twelve bits, zero behind the breast."""
+    light, tissue = half_ellipse(side)
+    noise = np.random.default_rng(seed).normal(0, 30, light.shape)
+    return np.where(tissue, np.clip(4000 * light + noise, 1, 4095), 0).astype(np.uint16), tissue
+
+
+def overlap(found: Mask, true: Mask) -> float:
+    return float((found & true).sum() / (found | true).sum())
+
+
+def assert_found(pixels: Pixels, max_value: int, tissue: Mask) -> None:
+    found = find_breast(pixels, max_value)
+    assert found.shape == tissue.shape
+    assert overlap(found, tissue) > 0.95
+    assert (
+        tissue & ~found
+    ).sum() < 0.005 * tissue.sum()  # generous: what is wrong is too much, not too little
+
+
+@pytest.mark.parametrize("side", ["L", "R"])
+class TestFindBreast:
+    def test_film_with_grey_background(self, side: str) -> None:
+        pixels, tissue = film_scan(side)
+        assert_found(pixels, 255, tissue)
+
+    @pytest.mark.parametrize("max_value", [4095, 65535])
+    def test_twelve_bits_whatever_the_format_allows(self, side: str, max_value: int) -> None:
+        pixels, tissue = digital(side)
+        assert_found(pixels, max_value, tissue)
+
+    def test_padded_scan(self, side: str) -> None:
+        pixels, tissue = film_scan(side)
+        edge = ((40, 40), (150, 150))
+        assert_found(np.pad(pixels, edge), 255, np.pad(tissue, edge))
+
+    def test_strip_along_the_top(self, side: str) -> None:
+        pixels, tissue = film_scan(side)
+        pixels[:35] = 250
+        assert_found(pixels, 255, tissue)
+
+    def test_strip_along_the_top_that_runs_into_the_breast(self, side: str) -> None:
+        pixels, tissue = film_scan(side)
+        pixels, tissue = pixels[90:], tissue[90:]  # the frame now cuts the breast
+        pixels[:30] = 250
+        assert_found(pixels, 255, tissue)
+
+    def test_strip_along_the_far_edge(self, side: str) -> None:
+        pixels, tissue = film_scan(side)
+        far = np.s_[:, -70:] if side == "L" else np.s_[:, :70]
+        pixels[far] = 250
+        assert_found(pixels, 255, tissue)
+        assert not find_breast(pixels, 255)[far].any()
+
+    def test_dark_gap_inside_is_filled(self, side: str) -> None:
+        pixels, _ = digital(side)
+        x = 200 if side == "L" else WIDTH - 240
+        pixels[400:440, x : x + 40] = 0
+        assert find_breast(pixels, 4095)[400:440, x : x + 40].all()
+
+
+@pytest.mark.parametrize("shape", [(3000, 2400), (1024, 1024), (257, 300), (1023, 511)])
+def test_any_size(shape: tuple[int, int]) -> None:
+    rows, columns = (np.arange(n) * m // n for n, m in zip(shape, (HEIGHT, WIDTH), strict=True))
+    pixels, tissue = digital()
+    assert_found(pixels[np.ix_(rows, columns)], 4095, tissue[np.ix_(rows, columns)])
+
+
+class TestIsolate:
+    @pytest.mark.parametrize("side", ["L", "R"])
+    def test_chest_wall_comes_to_the_left(self, side: str) -> None:
+        pixels, _ = film_scan(side)
+        stored, geometry = isolate(Film(pixels=pixels, max_value=255))
+        assert geometry.flipped == (side == "R")
+        assert np.count_nonzero(stored.pixels[:, :20]) > 5 * np.count_nonzero(stored.pixels[:, -20:])
+
+    def test_chest_wall_of_a_breast_amid_padding(self) -> None:
+        # More of the breast lies in the right half of the frame, but its straight side is on the left.
+        pixels, _ = film_scan("L")
+        _, geometry = isolate(Film(pixels=np.pad(pixels, ((0, 0), (600, 0))), max_value=255))
+        assert not geometry.flipped
+
+    @pytest.mark.parametrize("make", [film_scan, digital])
+    @pytest.mark.parametrize("side", ["L", "R"])
+    def test_inside_is_unchanged_and_outside_is_zero(self, make, side: str) -> None:  # type: ignore[no-untyped-def]
+        pixels, _ = make(side)
+        before = pixels.copy()
+        found = find_breast(pixels, 4095)
+        stored, geometry = isolate(Film(pixels=pixels, max_value=4095))
+        back = geometry.restore(stored.pixels)
+        assert stored.pixels.dtype == pixels.dtype
+        assert np.array_equal(back, np.where(found, pixels, 0))
+        assert np.array_equal(pixels, before)
+
+    def test_marker_is_gone(self) -> None:
+        pixels, tissue = film_scan()
+        pixels[40:130, 600:720] = 255
+        pixels[60:110, 630:640] = 0
+        stored, geometry = isolate(Film(pixels=pixels, max_value=255))
+        assert not geometry.restore(stored.pixels)[40:130, 600:720].any()
+        assert overlap(find_breast(pixels, 255), tissue) > 0.95
+
+    def test_marker_in_the_crop_box_is_gone(self) -> None:
+        pixels, _ = film_scan()
+        pixels[120:150, 400:430] = 255  # the rounded corner of the box
+        stored, geometry = isolate(Film(pixels=pixels, max_value=255))
+        assert geometry.top < 120 < 150 < geometry.bottom
+        assert geometry.left < 400 < 430 < geometry.right
+        assert not geometry.restore(stored.pixels)[120:150, 400:430].any()
+
+    def test_crop_is_tight_but_for_the_margin(self) -> None:
+        pixels, _ = digital("R")
+        found = find_breast(pixels, 4095)
+        rows, columns = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
+        _, g = isolate(Film(pixels=pixels, max_value=4095), margin=0.02)
+        assert (g.top, g.bottom) == (rows[0] - 18, rows[-1] + 1 + 18)
+        assert (g.left, g.right) == (columns[0] - 18, WIDTH)  # the frame ends at the chest wall
+
+    @pytest.mark.parametrize("side", ["L", "R"])
+    def test_findings_follow(self, side: str) -> None:
+        pixels, _ = digital(side)
+        x = 250 if side == "L" else WIDTH - 1 - 250
+        mask = np.zeros(pixels.shape, np.uint8)
+        pixels[500, x], mask[500, x] = 4095, 2
+        film = Film(
+            pixels=pixels, max_value=4095, mask=mask, circles=(Circle(x=x, y=500, radius=9, label="M"),)
+        )
+        stored, _ = isolate(film)
+        assert stored.mask is not None
+        (circle,) = stored.circles
+        place = int(circle.y), int(circle.x)
+        assert (stored.pixels[place], stored.mask[place]) == (4095, 2)
+        assert (stored.mask > 0).sum() == 1
+        assert (circle.radius, circle.label) == (9, "M")
+
+    def test_crop_holds_all_of_the_mask(self) -> None:
+        pixels, _ = digital()
+        mask = np.zeros(pixels.shape, np.uint8)
+        mask[2, -3] = 1
+        stored, geometry = isolate(Film(pixels=pixels, max_value=4095, mask=mask))
+        assert stored.mask is not None
+        assert np.array_equal(geometry.restore(stored.mask), mask)
+
+    def test_keeps_what_it_does_not_touch(self) -> None:
+        pixels, _ = digital()
+        stored, _ = isolate(Film(pixels=pixels, max_value=4095, spacing_mm=0.07))
+        assert (stored.max_value, stored.spacing_mm, stored.mask, stored.circles) == (4095, 0.07, None, ())
+
+    @pytest.mark.parametrize("value", [0, 7, 200])
+    def test_constant_frame_raises(self, value: int) -> None:
+        with pytest.raises(ValueError, match="No breast found"):
+            isolate(Film(pixels=np.full((400, 300), value, np.uint8), max_value=255))
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("mean", [5, 60])
+    def test_noise_alone_raises(self, mean: int) -> None:
+        pixels = np.random.default_rng(0).poisson(mean, (700, 600)).astype(np.uint16)
+        with pytest.raises(ValueError, match="No breast found"):
+            isolate(Film(pixels=pixels, max_value=4095))
+
+    @pytest.mark.filterwarnings("error")
+    def test_specks_alone_raise(self) -> None:
+        pixels = np.zeros((700, 600), np.uint16)
+        pixels[::50, ::50] = 4000
+        with pytest.raises(ValueError, match=r"covers 0\.0% of the frame"):
+            isolate(Film(pixels=pixels, max_value=4095))
+
+    def test_marker_alone_raises(self) -> None:
+        pixels = np.zeros((1000, 800), np.uint16)
+        pixels[50:130, 600:720] = 4000
+        with pytest.raises(ValueError, match=r"covers 1\.\d% of the frame"):
+            isolate(Film(pixels=pixels, max_value=4095))
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> Geometry:
+    height, width = draw(st.integers(1, 30)), draw(st.integers(1, 30))
+    top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+    return Geometry(
+        height=height,
+        width=width,
+        top=top,
+        left=left,
+        bottom=draw(st.integers(top + 1, height)),
+        right=draw(st.integers(left + 1, width)),
+        flipped=draw(st.booleans()),
+    )
+
+
+def numbered(*shape: int) -> NDArray[np.uint16]:
+    """Every pixel its own number, none of them zero."""
+    return np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
+
+
+class TestGeometry:
+    @given(geometries(), st.sampled_from([(), (1,), (3,)]))
+    def test_restore_undoes_apply(self, g: Geometry, channels: tuple[int, ...]) -> None:
+        image = numbered(g.height, g.width, *channels)
+        box = np.zeros((g.height, g.width, *channels), bool)
+        box[g.top : g.bottom, g.left : g.right] = True
+        stored = g.apply(image)
+        assert stored.shape == (*g.shape, *channels) == (g.bottom - g.top, g.right - g.left, *channels)
+        assert np.array_equal(g.restore(stored), np.where(box, image, 0))
+
+    @given(geometries())
+    def test_apply_undoes_restore(self, g: Geometry) -> None:
+        stored = numbered(*g.shape)
+        assert np.array_equal(g.apply(g.restore(stored)), stored)
+
+    @given(geometries(), st.integers(-400, 400), st.integers(-400, 400))
+    def test_circle_round_trip_is_exact(self, g: Geometry, x: int, y: int) -> None:
+        circle = Circle(x=x / 8, y=y / 8, radius=2.5, label="mass")
+        assert g.restore_circle(g.apply_circle(circle)) == circle
+        assert g.apply_circle(g.restore_circle(circle)) == circle
+
+    @given(geometries(), st.data())
+    def test_circle_goes_where_its_pixel_goes(self, g: Geometry, data: st.DataObject) -> None:
+        x, y = data.draw(st.integers(g.left, g.right - 1)), data.draw(st.integers(g.top, g.bottom - 1))
+        image = numbered(g.height, g.width)
+        circle = g.apply_circle(Circle(x=x, y=y, radius=1))
+        assert g.apply(image)[int(circle.y), int(circle.x)] == image[y, x]
+
+    @given(geometries())
+    def test_json_round_trip(self, g: Geometry) -> None:
+        assert Geometry.from_dict(json.loads(json.dumps(g.as_dict()))) == g
+
+    def test_json_of_a_real_one(self) -> None:
+        _, geometry = isolate(Film(pixels=digital("R")[0], max_value=4095))
+        assert Geometry.from_dict(json.loads(json.dumps(geometry.as_dict()))) == geometry
+
+    def test_flip_by_hand(self) -> None:
+        g = Geometry(height=2, width=5, top=1, left=1, bottom=2, right=4, flipped=True)
+        assert g.apply(numbered(2, 5)).tolist() == [[9, 8, 7]]
+        assert g.apply_circle(Circle(x=1, y=1, radius=1)) == Circle(x=2, y=0, radius=1)
+
+    def test_whole_changes_nothing_and_copies(self) -> None:
+        image = numbered(4, 6)
+        same = Geometry.whole(4, 6).apply(image)
+        assert np.array_equal(same, image)
+        assert not np.shares_memory(same, image)
+
+    @pytest.mark.parametrize("box", [(-1, 0, 4, 6), (0, 0, 5, 6), (0, 0, 4, 7), (2, 0, 2, 6), (0, 3, 4, 3)])
+    def test_box_outside_the_film_is_refused(self, box: tuple[int, int, int, int]) -> None:
+        top, left, bottom, right = box
+        with pytest.raises(ValueError, match="crop box"):
+            Geometry(height=4, width=6, top=top, left=left, bottom=bottom, right=right, flipped=False)
+
+    def test_image_of_another_size_is_refused(self) -> None:
+        g = Geometry(height=4, width=6, top=0, left=0, bottom=2, right=6, flipped=False)
+        with pytest.raises(ValueError, match="this geometry is for"):
+            g.apply(numbered(6, 4))
+        with pytest.raises(ValueError, match="this geometry is for"):
+            g.restore(numbered(4, 6))
