@@ -37,7 +37,9 @@ def show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    asked: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
+    asked: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """What may come before the sub-command."""
 
@@ -72,7 +74,9 @@ def report(
 
 
 @app.command(context_settings=STAGE)
-def config(context: typer.Context, stage: Annotated[str, typer.Argument(help="Preset or YAML file of a stage.")]) -> None:
+def config(
+    context: typer.Context, stage: Annotated[str, typer.Argument(help="Preset or YAML file of a stage.")]
+) -> None:
     """Print a configuration as a run would resolve it: CONFIG --section.key=value …"""
     from .engine.config import dump_yaml, load, read_tree
     from .finetune.config import ProbeConfig
@@ -84,7 +88,9 @@ def config(context: typer.Context, stage: Annotated[str, typer.Argument(help="Pr
 
 @app.command()
 def demo(
-    data: Annotated[Path | None, typer.Option(help="A data set of your own; default: phantoms made on the spot.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A data set of your own; default: phantoms made on the spot.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Label to probe; default: the first that fits.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/demo"),
 ) -> None:

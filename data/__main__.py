@@ -16,7 +16,12 @@ from ..engine.errors import UserError, exit_code
 from .ingest import Archive, Outcome, ingest
 from .keys import read_secret
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Archives to shards, and what is in them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Archives to shards, and what is in them.",
+)
 console = Console()
 
 Out = Annotated[Path, typer.Argument(help="Folder to write; it must be new, empty, or hold the same data set.")]

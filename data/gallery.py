@@ -29,8 +29,15 @@ def contact_sheet(shards: ShardDataset, out: Path, count: int, columns: int = 8,
 
 def caption(row: dict[str, str]) -> str:
     """Side, view and labels of a sample."""
-    labels = [f"{column.removeprefix(LABEL)} {value}" for column, value in row.items() if column.startswith(LABEL) and value]
-    return "\n".join([f"{row['laterality']} {row['view']}".strip(), *(", ".join(labels[i : i + 2]) for i in range(0, len(labels), 2))])
+    labels = [
+        f"{column.removeprefix(LABEL)} {value}" for column, value in row.items() if column.startswith(LABEL) and value
+    ]
+    return "\n".join(
+        [
+            f"{row['laterality']} {row['view']}".strip(),
+            *(", ".join(labels[i : i + 2]) for i in range(0, len(labels), 2)),
+        ]
+    )
 
 
 def draw(axis: Axes, sample: Sample, title: str) -> None:

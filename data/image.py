@@ -31,7 +31,13 @@ def read_film(path: Path, spacing_mm: float | None = None) -> Film:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 pixels = to_gray(np.asarray(image if image.mode != "P" and image.mode != "1" else image.convert("L")))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombWarning,
+    ) as error:
         raise UnreadableImage(one_line(str(error)).replace(str(path), path.name)) from error
     return Film(pixels=pixels, max_value=int(np.iinfo(pixels.dtype).max), spacing_mm=spacing_mm)
 
@@ -71,4 +77,6 @@ def decode_png(content: bytes, source: str) -> Pixels:
         with Image.open(io.BytesIO(content), formats=["png"]) as image:
             return to_gray(np.asarray(image))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{source} cannot be decoded ({one_line(str(error))}); run `miram data verify` on its folder") from error
+        raise UserError(
+            f"{source} cannot be decoded ({one_line(str(error))}); run `miram data verify` on its folder"
+        ) from error

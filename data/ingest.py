@@ -1,7 +1,7 @@
 """From an archive's records to shards, in parallel, either whole or not at all.
 
-Each image: read -> breast mask, crop, chest wall to the left, zero outside -> PNG + JSON (+ mask). Images that cannot be
-read are named and left out. The folder appears under its name only when everything in it is complete.
+Each image: read -> breast mask, crop, chest wall to the left, zero outside -> PNG + JSON (+ mask). Images that cannot
+be read are named and left out. The folder appears under its name only when everything in it is complete.
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ class Moments:
 
     def add(self, other: Moments) -> None:
         """Take another image in."""
-        self.n, self.total, self.squares = self.n + other.n, self.total + other.total, self.squares + other.squares
+        self.n, self.total, self.squares = (
+            self.n + other.n,
+            self.total + other.total,
+            self.squares + other.squares,
+        )
 
     def statistics(self) -> dict[str, float]:
         """Mean and standard deviation."""
@@ -141,14 +145,14 @@ def _write(archive: Archive, folder: Path, secret: bytes, settings: dict[str, An
     rows = write_shards(folder, samples())
     if not rows:
         name, reason = next(iter(outcome.skipped.items()))
-        raise UserError(f"{archive.dataset}: none of {len(archive.records)} images could be read; the first, {name}: {reason}")
+        raise UserError(
+            f"{archive.dataset}: none of {len(archive.records)} images could be read; the first, {name}: {reason}"
+        )
     seal(folder, rows, settings | {"pixels": pixels.statistics(), "skipped": len(outcome.skipped)})
     return outcome
 
 
-def each(
-    function: Callable[[Record], _Prepared], records: Sequence[Record], workers: int
-) -> Iterator[_Prepared]:
+def each(function: Callable[[Record], _Prepared], records: Sequence[Record], workers: int) -> Iterator[_Prepared]:
     """The function over the records, in order, in as many processes; with a progress bar."""
     with progress_bar() as bar, ExitStack() as stack:
         todo: Iterator[_Prepared] = map(function, records)

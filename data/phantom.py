@@ -206,9 +206,7 @@ def _outline(body: _Body, view: str, grid: Grid, rng: np.random.Generator) -> tu
         # Above its bulge the breast runs on into the axilla, to the edge of the frame.
         tail = body.pectoral[0] + rng.uniform(0, 14)
         axilla = tail**2 + np.maximum(square, 0) * (1 - (tail / body.depth) ** 2)
-        square = ndimage.gaussian_filter1d(
-            np.where(t < 0, axilla, square), 5 / grid.spacing, axis=0, mode="nearest"
-        )
+        square = ndimage.gaussian_filter1d(np.where(t < 0, axilla, square), 5 / grid.spacing, axis=0, mode="nearest")
     return nipple_y, square.astype(np.float32)
 
 
@@ -227,9 +225,7 @@ def _thickness(body: _Body, nipple_y: float, depth: Array, grid: Grid) -> Array:
     return thickness
 
 
-def _tissue(
-    body: _Body, view: str, nipple_y: float, depth: Array, grid: Grid, rng: np.random.Generator
-) -> Array:
+def _tissue(body: _Body, view: str, nipple_y: float, depth: Array, grid: Grid, rng: np.random.Generator) -> Array:
     """What the beam meets at each pixel of a breast of full thickness, in units of adipose tissue."""
     beta = _BETA[body.density]
     whites = [white_noise(int(seed), *grid.shape) for seed in rng.integers(2**31, size=2)]
@@ -300,8 +296,7 @@ def _lesion(finding: _Finding, centre: tuple[float, float], grid: Grid) -> tuple
     reach = 2.2 * finding.radius + 2
     limits = zip(centre, grid.shape, strict=True)
     rows, columns = (
-        slice(max(0, int((c - reach) / grid.spacing)), min(n, int((c + reach) / grid.spacing) + 1))
-        for c, n in limits
+        slice(max(0, int((c - reach) / grid.spacing)), min(n, int((c + reach) / grid.spacing) + 1)) for c, n in limits
     )
     local = Grid(spacing=grid.spacing, y=grid.y[rows] - np.float32(y), x=grid.x[:, columns] - np.float32(x))
     draw = mass if finding.label == "mass" else cluster

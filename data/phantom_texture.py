@@ -112,9 +112,7 @@ def mass(radius: float, grid: Grid, rng: np.random.Generator) -> Array:
     waves = rng.normal(0, 0.16, k.shape) / (k - 1) ** (0.6 if spiculated else 1.0)
     angle = np.arctan2(grid.y, grid.x)
     border = (
-        radius
-        * (0.75 if spiculated else 1.0)
-        * (1 + (waves * np.cos(k * angle + rng.uniform(0, 6.3, k.shape))).sum(0))
+        radius * (0.75 if spiculated else 1.0) * (1 + (waves * np.cos(k * angle + rng.uniform(0, 6.3, k.shape))).sum(0))
     )
     q = np.hypot(grid.y, grid.x) / border
     body = np.clip(1.05 - q * q, 0, 1) ** rng.uniform(0.5, 0.9)

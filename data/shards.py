@@ -1,11 +1,11 @@
 """Shards: plain WebDataset tars that any tool reads, with an index that people and samplers read.
 
-    DIR/manifest.json         format, settings, pixel statistics; samples, bytes and sha256 of each shard and of the index
-    DIR/index.csv             one row a sample: key, shard, offset and size of each member, patient, labels, …
-    DIR/shard-000000.tar
-        KEY.json              what is known of the image; nothing that names a patient
-        KEY.png               grayscale, 16-bit where the source has more than 8 bits
-        KEY.mask.png          optional: 0 outside, k inside the k-th finding
+DIR/manifest.json         format, settings, pixel statistics; samples, bytes and sha256 of each shard and of the index
+DIR/index.csv             one row a sample: key, shard, offset and size of each member, patient, labels, …
+DIR/shard-000000.tar
+    KEY.json              what is known of the image; nothing that names a patient
+    KEY.png               grayscale, 16-bit where the source has more than 8 bits
+    KEY.mask.png          optional: 0 outside, k inside the k-th finding
 """
 
 from __future__ import annotations
@@ -34,7 +34,19 @@ SAMPLE = "miram.sample/1"
 MEMBERS = ("png", "json", "mask.png")
 KEY_PATTERN = re.compile(r"[0-9a-z_-]+")
 FIXED = ("key", "shard", *(f"{m}_{what}" for m in MEMBERS for what in ("offset", "size")))
-DESCRIBED = ("dataset", "patient", "exam", "laterality", "view", "split", "height", "width", "bits", "max_value", "spacing_mm")
+DESCRIBED = (
+    "dataset",
+    "patient",
+    "exam",
+    "laterality",
+    "view",
+    "split",
+    "height",
+    "width",
+    "bits",
+    "max_value",
+    "spacing_mm",
+)
 LABEL = "label_"
 
 Row = dict[str, str]
@@ -63,13 +75,17 @@ class Sample:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def write_shards(folder: Path, samples: Iterable[Encoded], shard_bytes: int = 256 * 2**20) -> dict[str, Mapping[str, Any]]:
+def write_shards(
+    folder: Path, samples: Iterable[Encoded], shard_bytes: int = 256 * 2**20
+) -> dict[str, Mapping[str, Any]]:
     """Write samples in the order they come and return their index rows by key. Equal samples give equal bytes."""
     import webdataset  # imported here: readers do without it
 
     rows: dict[str, Mapping[str, Any]] = {}
     pattern = str(folder / "shard-%06d.tar")
-    with webdataset.ShardWriter(pattern, maxsize=shard_bytes, verbose=0, encoder=False, mtime=0, user="", group="") as writer:
+    with webdataset.ShardWriter(
+        pattern, maxsize=shard_bytes, verbose=0, encoder=False, mtime=0, user="", group=""
+    ) as writer:
         for sample in samples:
             assert KEY_PATTERN.fullmatch(sample.key), sample.key
             assert sample.key not in rows, f"key {sample.key} given twice"
@@ -86,7 +102,9 @@ def seal(folder: Path, rows: Mapping[str, Mapping[str, Any]], facts: Mapping[str
     table = [{"key": key, "shard": shard, **where, **rows[key]} for key, shard, where in places]
     write_index(folder / "index.csv", [*FIXED, *DESCRIBED, *labels], table)
     counts = {shard.name: sum(name == shard.name for _, name, _ in places) for shard in shards}
-    listed = [{"name": s.name, "samples": counts[s.name], "bytes": s.stat().st_size, "sha256": sha256(s)} for s in shards]
+    listed = [
+        {"name": s.name, "samples": counts[s.name], "bytes": s.stat().st_size, "sha256": sha256(s)} for s in shards
+    ]
     index = {"samples": len(table), "sha256": sha256(folder / "index.csv")}
     write_json(folder / "manifest.json", MANIFEST, {**facts, "index": index, "shards": listed})
 
@@ -126,7 +144,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: the folder is missing or holds no shards of ours.
     """
     if not folder.is_dir():
-        raise UserError(f"the data folder {folder} is not there; make one with `miram data phantom` or `miram data ingest`")
+        raise UserError(
+            f"the data folder {folder} is not there; make one with `miram data phantom` or `miram data ingest`"
+        )
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} holds no manifest.json, so it is no data set; make one with `miram data ingest`")
     return read_json(folder / "manifest.json", MANIFEST)
@@ -227,7 +247,7 @@ class ShardDataset:
 
     @property
     def pixel_statistics(self) -> tuple[float, float]:
-        """(mean, standard deviation) of pixels as a fraction of their largest value, over the data sets by their size."""
+        """(mean, standard deviation) of pixels as fractions of their largest value, data sets weighed by size."""
         weights = [manifest["index"]["samples"] for manifest in self.manifests]
         means = [manifest["pixels"]["mean"] for manifest in self.manifests]
         squares = [manifest["pixels"]["std"] ** 2 + manifest["pixels"]["mean"] ** 2 for manifest in self.manifests]
@@ -242,7 +262,9 @@ class ShardDataset:
         """
         known = sorted({column.removeprefix(LABEL) for row in self.rows for column in row if column.startswith(LABEL)})
         if task not in known:
-            raise UserError(f"the data has no label {task!r}; data.task can be: {', '.join(known) or 'nothing, it has no labels'}")
+            raise UserError(
+                f"the data has no label {task!r}; data.task can be: {', '.join(known) or 'nothing, it has no labels'}"
+            )
         return [row.get(LABEL + task, "") for row in self.rows]
 
 

@@ -1,4 +1,4 @@
-"""The training stream: which sample comes when is a pure function of (seed, epoch), for any number of ranks and workers.
+"""The training stream: which sample comes when is a function of (seed, epoch) alone, whatever the ranks and workers.
 
 An epoch is a permutation: shards are shuffled, taken a few at a time so that few are open at once, and the samples of
 those are shuffled together. Global batch t of an epoch is samples t*B … (t+1)*B of it; the tail that fills no batch is
@@ -44,7 +44,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
     def __init__(self, shards: ShardDataset, view: View):
         self.shards, self.view = shards, view
 
-    def __getitem__(self, place: Place) -> dict[str, Any]:  # type: ignore[override]
+    def __getitem__(self, place: Place) -> dict[str, Any]:
         i, epoch = place
         return self.view(self.shards[i], epoch)
 
@@ -60,11 +60,18 @@ class EpochStream:
     """
 
     def __init__(self, shards: ShardDataset, view: View, batch_size: int, seed: int, workers: int):
-        self.dataset, self.batch_size, self.seed, self.workers = ViewDataset(shards, view), batch_size, seed, workers
+        self.dataset, self.batch_size, self.seed, self.workers = (
+            ViewDataset(shards, view),
+            batch_size,
+            seed,
+            workers,
+        )
         self.shard_sizes = tuple(len(list(group)) for _, group in groupby(shards.paths))
         self.batches_per_epoch = len(shards) // batch_size
         if not self.batches_per_epoch:
-            raise UserError(f"train.batch_size={batch_size} is more than the {len(shards)} samples of data.shards; lower it")
+            raise UserError(
+                f"train.batch_size={batch_size} is more than the {len(shards)} samples of data.shards; lower it"
+            )
         self._order = lru_cache(maxsize=2)(epoch_order)
 
     def places(self, batch: int) -> list[Place]:
@@ -92,7 +99,13 @@ class _Share:
     """One rank's micro-batches: each global batch is cut into `world` equal runs, each run into micro-batches."""
 
     def __init__(self, stream: EpochStream, start: int, rank: int, world: int, micro_batch: int):
-        self.stream, self.start, self.rank, self.world, self.micro_batch = stream, start, rank, world, micro_batch
+        self.stream, self.start, self.rank, self.world, self.micro_batch = (
+            stream,
+            start,
+            rank,
+            world,
+            micro_batch,
+        )
 
     def __iter__(self) -> Iterator[list[Place]]:
         share = self.stream.batch_size // self.world

@@ -35,7 +35,7 @@ def summary(folder: Path) -> Table:
 
 def counts(rows: list[Row], column: str) -> str:
     """The values of a column and how often each occurs."""
-    found = Counter(row[column] or "–" for row in rows)
+    found = Counter(row[column] or "-" for row in rows)
     return ", ".join(f"{value}: {n}" for value, n in sorted(found.items())[:12]) + (" …" if len(found) > 12 else "")
 
 

@@ -36,7 +36,7 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class MultiScaleViews:
-    """Training views: one crop taken at the highest resolution and area-averaged down, so the fine target is real detail.
+    """Training views: one crop at the highest resolution, area-averaged down, so that the fine target is real detail.
 
     Calling it with a sample and an epoch gives `view/<s>`: (1, s*H, s*W) for every scale s, and `noise`: (N,) uniform
     numbers that rank the N patches for masking. All of it is a function of (seed, epoch, key).
@@ -50,10 +50,11 @@ class MultiScaleViews:
     seed: int
 
     def __call__(self, sample: Sample, epoch: int) -> dict[str, Tensor | str]:
+        """The views of a sample in an epoch."""
         rng = generator(self.seed, epoch, "crop", sample.key)
         finest = max(self.scales)
         box = draw_box(rng, sample.pixels, self.size, self.crop)
-        fine = resize(sample.pixels, box, (finest * self.size[0], finest * self.size[1])) / sample.max_value
+        fine = resize(sample.pixels, box, (finest * self.size[0], finest * self.size[1])) / np.float32(sample.max_value)
         if self.crop.flip and rng.random() < 0.5:
             fine = fine[:, ::-1]
         views = {s: area_down(fine, (s * self.size[0], s * self.size[1])) for s in self.scales}
@@ -115,9 +116,9 @@ def windows(sample: Sample, size: Size, normalise: Normalisation) -> Tensor:
     height, width = sample.pixels.shape
     scale = max(size[0] / height, size[1] / width)
     full = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    image = resize(sample.pixels, (0, 0, height, width), full) / sample.max_value
+    image = resize(sample.pixels, (0, 0, height, width), full) / np.float32(sample.max_value)
     tops, lefts = _starts(full[0], size[0]), _starts(full[1], size[1])
-    return torch.stack([normalise(image[t : t + size[0], l : l + size[1]]) for t in tops for l in lefts])
+    return torch.stack([normalise(image[y : y + size[0], x : x + size[1]]) for y in tops for x in lefts])
 
 
 def _starts(length: int, window: int) -> list[int]:

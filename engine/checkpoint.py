@@ -1,11 +1,11 @@
 """Checkpoints that are whole or not there, and free of pickle and of the number of ranks.
 
-    checkpoints/step-00000120/
-        model.safetensors        parameters and buffers by name, wrapper prefixes stripped
-        optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, step.<name>; scalars as shape (1,)
-        rng.safetensors          generator states, one row a rank
-        state.json               step and whatever the loop carries from step to step
-        manifest.json            sha256 of each file above, written last: without it the checkpoint does not count
+checkpoints/step-00000120/
+    model.safetensors        parameters and buffers by name, wrapper prefixes stripped
+    optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, step.<name>; scalars as shape (1,)
+    rng.safetensors          generator states, one row a rank
+    state.json               step and whatever the loop carries from step to step
+    manifest.json            sha256 of each file above, written last: without it the checkpoint does not count
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -40,7 +39,7 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint beside its place, rename it there, seal it with the manifest, then prune to the last `keep`."""
+    """Write a checkpoint beside its place, rename it there, seal it with the manifest, prune to the last `keep`."""
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
@@ -106,7 +105,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Every moment as `<moment>.<parameter name>`; scalars get shape (1,)."""
     return {
-        f"{moment}.{name}": torch.atleast_1d(torch.as_tensor(value))
+        f"{moment}.{name}": value.reshape(1) if value.ndim == 0 else value
         for name, parameter in model.named_parameters()
         for moment, value in optimizer.state.get(parameter, {}).items()
     }
@@ -122,7 +121,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
     for key, value in tensors.items():
         moment, _, name = key.partition(".")
         if name not in parameters:
-            raise UserError(f"the checkpoint's optimizer holds {key!r}, which this model has not; was the model changed?")
+            raise UserError(
+                f"the checkpoint's optimizer holds {key!r}, which this model has not; was the model changed?"
+            )
         is_step = moment == "step"  # torch keeps the step count as a 0-D tensor
         moved = value.reshape(()) if is_step else value.to(parameters[name].device)
         optimizer.state[parameters[name]][moment] = moved.clone()

@@ -11,7 +11,10 @@ from .errors import UserError
 
 
 def run_stage(
-    command: str, schema: type[BaseModel], stage: Callable[[str, Sequence[str]], object], arguments: Sequence[str]
+    command: str,
+    schema: type[BaseModel],
+    stage: Callable[[str, Sequence[str]], object],
+    arguments: Sequence[str],
 ) -> None:
     """Show the help, or run the stage.
 
@@ -29,7 +32,11 @@ def run_stage(
 def usage(command: str, schema: type[BaseModel]) -> str:
     """`COMMAND CONFIG [--key=value …]` and the keys one may set."""
     lines = [f"usage: {command} CONFIG [--section.key=value …]", ""]
-    lines += [f"CONFIG is a YAML file or a preset: {', '.join(presets())}", "", "keys (items of lists by number, e.g. --model.scales.1.depth=4):"]
+    lines += [
+        f"CONFIG is a YAML file or a preset: {', '.join(presets())}",
+        "",
+        "keys (items of lists by number, e.g. --model.scales.1.depth=4):",
+    ]
     for key, kind, default, meaning in keys(schema):
         lines += [f"  --{key}  {kind}  [{default}]", f"      {meaning}"]
     return "\n".join(lines)

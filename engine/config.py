@@ -28,7 +28,10 @@ Key = tuple[str, ...]
 Schema = TypeVar("Schema", bound="Section")
 
 # Setting one of these on the command line takes the other out of the preset.
-ALTERNATIVES: dict[Key, Key] = {("train", "steps"): ("train", "epochs"), ("train", "epochs"): ("train", "steps")}
+ALTERNATIVES: dict[Key, Key] = {
+    ("train", "steps"): ("train", "epochs"),
+    ("train", "epochs"): ("train", "steps"),
+}
 
 
 class Section(BaseModel):
@@ -47,7 +50,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key_node.value!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -60,7 +65,11 @@ _SCALARS = [
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 ]
 for _yaml_class in (_Loader, _Dumper):
     _yaml_class.yaml_implicit_resolvers = {}
@@ -83,7 +92,7 @@ def parse_yaml(text: str, source: str) -> Any:
         UserError: the text is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not valid YAML: {error}") from error
 
@@ -272,7 +281,11 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
             dot = ".0." if get_origin(field.annotation) in (list, tuple) else "."
             yield from keys(inner, f"{prefix}{name}{dot}")
         else:
-            default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True), default=str)
+            default = (
+                "required"
+                if field.is_required()
+                else json.dumps(field.get_default(call_default_factory=True), default=str)
+            )
             yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
 
 

@@ -27,5 +27,7 @@ def make_accelerator(precision: str) -> Accelerator:
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
-        raise UserError(f"the launcher set WORLD_SIZE={launched}, but {accelerator.num_processes} ranks came up; check its settings")
+        raise UserError(
+            f"the launcher set WORLD_SIZE={launched}, but {accelerator.num_processes} ranks came up; check its settings"
+        )
     return accelerator

@@ -93,7 +93,13 @@ class Trainer:
     """One training, from wherever its run folder has got to."""
 
     def __init__(
-        self, run: Run, objective: Objective, stream: Stream, section: TrainSection, seed: int, accelerator: Accelerator
+        self,
+        run: Run,
+        objective: Objective,
+        stream: Stream,
+        section: TrainSection,
+        seed: int,
+        accelerator: Accelerator,
     ):
         self.run, self.objective, self.stream, self.section, self.seed = run, objective, stream, section, seed
         self.accelerator = accelerator
@@ -128,7 +134,9 @@ class Trainer:
                 if stopping or self.due(self.section.checkpoint_every):
                     self.save()
                 if stopping:
-                    raise Preempted(f"stopped on a signal after step {self.step} of {self.steps}; run the same command to go on")
+                    raise Preempted(
+                        f"stopped on a signal after step {self.step} of {self.steps}; run the same command to go on"
+                    )
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""

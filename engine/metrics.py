@@ -1,7 +1,7 @@
 """Arrays in, figures with intervals out.
 
-An interval is the 2.5 to 97.5 percentile over bootstrap samples of *patients*: images of one patient go together, because
-they are no independent evidence (Field & Welsh 2007). Two models are compared on the same samples.
+An interval is the 2.5 to 97.5 percentile over bootstrap samples of *patients*: images of one patient go together,
+because they are no independent evidence (Field & Welsh 2007). Two models are compared on the same samples.
 
 Legend: n images, k classes, R bootstrap samples.
 """
@@ -52,9 +52,10 @@ def chance(metric: Metric, classes: int) -> float:
 
 
 def patient_bootstrap(truth: Ints, patients: NDArray[np.str_], replicates: int, seed: int) -> Floats:
-    """(R, n) how often each image occurs in each bootstrap sample of patients; samples that lack a class are redrawn."""
+    """(R, n) how often each image occurs in each bootstrap sample of patients; samples lacking a class are redrawn."""
     names, patient_of = np.unique(patients, return_inverse=True)
-    rng, rows, classes = generator(seed, "bootstrap"), [], np.unique(truth)
+    rng, classes = generator(seed, "bootstrap"), np.unique(truth)
+    rows: list[Floats] = []
     while len(rows) < replicates:
         times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
         weights = times[patient_of].astype(np.float64)

@@ -1,13 +1,13 @@
 """The run folder, the same for every stage.
 
-    RUN/config.yaml              resolved configuration; compared when the run is taken up again
-    RUN/state.json               running, finished, preempted or failed, and why
-    RUN/metrics.jsonl            one object a logged step, flushed line by line
-    RUN/checkpoints/step-…/      see checkpoint.py
-    RUN/encoder.safetensors      pretraining's product, with encoder.json beside it
-    RUN/result.json              an evaluation's figures
-    RUN/figures/*.png            pictures, with captions.json
-    RUN/report.html
+RUN/config.yaml              resolved configuration; compared when the run is taken up again
+RUN/state.json               running, finished, preempted or failed, and why
+RUN/metrics.jsonl            one object a logged step, flushed line by line
+RUN/checkpoints/step-…/      see checkpoint.py
+RUN/encoder.safetensors      pretraining's product, with encoder.json beside it
+RUN/result.json              an evaluation's figures
+RUN/figures/*.png            pictures, with captions.json
+RUN/report.html
 """
 
 from __future__ import annotations
@@ -102,12 +102,17 @@ def open_run(config: Section, folder: str, stage: str) -> Run:
 
 
 def _same_config(config: Section, saved: Path) -> None:
-    before, now = _flat(parse_yaml(saved.read_text(), str(saved))), _flat(parse_yaml(dump_yaml(config), "config"))
+    before, now = (
+        _flat(parse_yaml(saved.read_text(), str(saved))),
+        _flat(parse_yaml(dump_yaml(config), "config")),
+    )
     differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE)
     if differing:
         changes = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise UserError(f"{saved.parent} was started with another configuration ({changes}{more}); choose another --out")
+        raise UserError(
+            f"{saved.parent} was started with another configuration ({changes}{more}); choose another --out"
+        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

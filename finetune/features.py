@@ -19,8 +19,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..data.shards import ShardDataset
-from ..data.views import Normalisation, windows
+from ..data.views import windows
 from ..engine.track import progress_bar
+from ..pretrain.encoder import normalisation
 
 
 def cached_features(
@@ -38,7 +39,7 @@ def cached_features(
 
 def digest(vit: VisionTransformer, shards: ShardDataset, pool: str) -> str:
     """16 hex digits of everything that features depend on."""
-    state = hashlib.sha256(f"{pool} {vit.pretrained_cfg['mean']} {vit.pretrained_cfg['std']}".encode())
+    state = hashlib.sha256(f"{pool} {normalisation(vit)}".encode())
     for name, tensor in vit.state_dict().items():
         state.update(name.encode())
         state.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -68,7 +69,7 @@ def extract(vit: VisionTransformer, shards: ShardDataset, pool: str, batch_size:
 
 def window_batches(vit: VisionTransformer, shards: ShardDataset, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
     """Windows of all samples in batches, with the number of the sample each belongs to."""
-    normalise = Normalisation(float(np.mean(vit.pretrained_cfg["mean"])), float(np.mean(vit.pretrained_cfg["std"])))
+    normalise = normalisation(vit)
     owners: list[int] = []
     waiting: list[Tensor] = []
     for i in range(len(shards)):

@@ -44,7 +44,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a probe says of the judged images: their numbers in the task, (m, k) probabilities, fold and C of each fold."""
+    """What a probe says of m judged images: their numbers in the task, (m, k) probabilities, fold, C of each fold."""
 
     images: Ints
     probabilities: Floats
@@ -64,7 +64,9 @@ def read_task(shards: ShardDataset, name: str | None) -> Task:
     chosen = np.flatnonzero(labels != "")
     classes, truth = np.unique(labels[chosen], return_inverse=True)
     if len(classes) < 2:
-        raise UserError(f"data.task={name}: every labelled image is {', '.join(map(repr, classes))}; there is nothing to tell apart")
+        raise UserError(
+            f"data.task={name}: every labelled image is {', '.join(map(repr, classes))}; there is nothing to tell apart"
+        )
     column = {c: np.array([shards.rows[i][c] for i in chosen]) for c in ("dataset", "patient", "split")}
     patients = np.char.add(np.char.add(column["dataset"], "/"), column["patient"])
     return Task(name, tuple(map(str, classes)), chosen, truth, patients, column["split"])
@@ -92,11 +94,21 @@ def grouped_folds(truth: Ints, patients: NDArray[np.str_], folds: int, seed: int
     for k in np.unique(truth):
         found = len(np.unique(patients[truth == k]))
         if found < folds:
-            raise UserError(f"data.task={task.name}: class {task.classes[k]!r} has {found} patients, fewer than {folds} folds; lower the folds")
+            raise UserError(
+                f"data.task={task.name}: class {task.classes[k]!r} has {found} patients, fewer than {folds} folds; "
+                "lower probe.folds and probe.inner_folds, or ingest more patients"
+            )
     yield from StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32).split(truth, truth, patients)
 
 
-def judge(features: NDArray[np.float32], task: Task, splits: Sequence[Fold], c_grid: Sequence[float], inner: int, seed: int) -> Judgement:
+def judge(
+    features: NDArray[np.float32],
+    task: Task,
+    splits: Sequence[Fold],
+    c_grid: Sequence[float],
+    inner: int,
+    seed: int,
+) -> Judgement:
     """Fit on each fold's training patients, judge the others.
 
     Args:
@@ -117,7 +129,9 @@ def judge(features: NDArray[np.float32], task: Task, splits: Sequence[Fold], c_g
     return Judgement(np.concatenate(judged), np.concatenate(probabilities), np.concatenate(fold), tuple(chosen_c))
 
 
-def fit_probe(features: NDArray[np.float32], task: Task, fit: Ints, c_grid: Sequence[float], inner: int, seed: int) -> GridSearchCV:
+def fit_probe(
+    features: NDArray[np.float32], task: Task, fit: Ints, c_grid: Sequence[float], inner: int, seed: int
+) -> GridSearchCV:
     """Logistic regression on standardised features with C chosen on inner folds of patients."""
     truth, patients = task.truth[fit], task.patients[fit]
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000, class_weight="balanced"))

@@ -20,7 +20,7 @@ from ..pretrain.encoder import load_encoder, random_like
 from .config import ProbeConfig
 from .features import cached_features
 from .figures import CAPTION, draw_probe
-from .probe import Judgement, Task, fold_scores, judge, outer_folds, read_task
+from .probe import Fold, Judgement, Task, fold_scores, judge, outer_folds, read_task
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
         probed = [probe_encoder(name, vit, settings, shards, task, splits, run) for name, vit in encoders]
         write_result(run, settings, task, split_name, probed)
         write_predictions(run, shards, task, probed[0].judgement)
-        draw_probe(run.caption({"probe.png": CAPTION}) / "probe.png", task, [(p.name, p.judgement, p.folds) for p in probed])
+        draw_probe(
+            run.caption({"probe.png": CAPTION}) / "probe.png",
+            task,
+            [(p.name, p.judgement, p.folds) for p in probed],
+        )
     return run
 
 
@@ -66,15 +70,26 @@ def named_encoders(settings: ProbeConfig) -> Iterator[tuple[str, VisionTransform
     """The encoder, then its controls with random weights."""
     yield "pretrained", load_encoder(settings.probe.encoder)
     for i in range(settings.probe.controls):
-        yield f"random {i + 1}", random_like(settings.probe.encoder, stable_seed(settings.seed, "control", i) % 2**63)
+        yield (
+            f"random {i + 1}",
+            random_like(settings.probe.encoder, stable_seed(settings.seed, "control", i) % 2**63),
+        )
 
 
 def probe_encoder(
-    name: str, vit: VisionTransformer, settings: ProbeConfig, shards: ShardDataset, task: Task, splits: Sequence, run: Run
+    name: str,
+    vit: VisionTransformer,
+    settings: ProbeConfig,
+    shards: ShardDataset,
+    task: Task,
+    splits: Sequence[Fold],
+    run: Run,
 ) -> Probed:
     """Features, judgement and figure of one encoder; folds, C grid and bootstrap samples are the same for all."""
     section, seed = settings.probe, settings.seed
-    features = cached_features(vit, shards, section.pool, section.batch_size, run.folder / "features", name)[task.chosen]
+    features = cached_features(vit, shards, section.pool, section.batch_size, run.folder / "features", name)[
+        task.chosen
+    ]
     judgement = judge(features, task, splits, section.c_grid, section.inner_folds, seed)
     truth = task.truth[judgement.images]
     weights = patient_bootstrap(truth, task.patients[judgement.images], section.replicates, seed)
@@ -107,7 +122,9 @@ def write_result(run: Run, settings: ProbeConfig, task: Task, split: str, probed
 def rows(task: Task, first: Probed, controls: list[Probed]) -> Iterator[dict[str, object]]:
     """Every encoder, the controls' mean, and the majority class."""
     for p in (first, *controls):
-        detail = f"C {', '.join(f'{c:g}' for c in p.judgement.chosen_c)}; folds {', '.join(f'{v:.3f}' for v in p.folds)}"
+        detail = (
+            f"C {', '.join(f'{c:g}' for c in p.judgement.chosen_c)}; folds {', '.join(f'{v:.3f}' for v in p.folds)}"
+        )
         name = f"{p.name} encoder" if p is first else f"{p.name} weights"
         yield {"name": name, "value": p.value, "interval": p.estimate.interval, "detail": detail}
     if controls:
@@ -120,9 +137,14 @@ def differences(first: Probed, controls: list[Probed]) -> Iterator[dict[str, obj
     """The encoder against the mean of its controls, patient sample by patient sample."""
     if controls:
         gap = Estimate.of(
-            first.value - mean_of(controls).value, first.samples - np.mean([c.samples for c in controls], axis=0)
+            first.value - mean_of(controls).value,
+            first.samples - np.mean([c.samples for c in controls], axis=0),
         )
-        yield {"name": f"pretrained - mean of {len(controls)} random", "value": gap.value, "interval": gap.interval}
+        yield {
+            "name": f"pretrained - mean of {len(controls)} random",
+            "value": gap.value,
+            "interval": gap.interval,
+        }
 
 
 def mean_of(probed: list[Probed]) -> Estimate:
@@ -133,8 +155,9 @@ def mean_of(probed: list[Probed]) -> Estimate:
 def notes(task: Task, settings: ProbeConfig) -> list[str]:
     """How the figures were made, for the reader of the report."""
     return [
-        f"Intervals: 95 %, {settings.probe.replicates} bootstrap samples of patients; they do not cover another pretraining seed.",
-        "C is chosen on inner folds of the training patients; each image is judged by a model that never saw its patient.",
+        f"Intervals: 95 %, {settings.probe.replicates} bootstrap samples of patients. They do not cover the "
+        "spread over pretraining seeds.",
+        "C is chosen on inner folds of the training patients; no image is judged by a probe that saw its patient.",
         f"{task.metric} over all judged images together, not averaged over folds."
         + (f" AUC is of class {task.classes[1]!r}." if task.metric == "AUC" else ""),
     ]

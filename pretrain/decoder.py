@@ -5,9 +5,6 @@ Legend: B batch, n = h x w coarse patches, s scale, D decoder width, p patch sid
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -31,15 +28,18 @@ class Decoder(nn.Module):
 
     def __init__(self, section: ScaleSection, in_dim: int, grid: Grid, prefix_tokens: int, out_dim: int):
         super().__init__()
-        self.scale, self.upsample, self.grid, self.prefix_tokens = section.scale, section.upsample, grid, prefix_tokens
+        self.scale, self.upsample, self.grid, self.prefix_tokens = (
+            section.scale,
+            section.upsample,
+            grid,
+            prefix_tokens,
+        )
         fine = (grid[0] * section.scale, grid[1] * section.scale)
         self.widen = nn.Identity() if in_dim == section.width else nn.Linear(in_dim, section.width)
         positions = F.pad(sincos_positions(fine, section.width), (0, 0, prefix_tokens, 0))
         self.register_buffer("pos_embed", positions, persistent=False)
-        attention = partial(_attention, section=section, grid=fine, prefix_tokens=prefix_tokens)
-        self.blocks = nn.Sequential(
-            *(Block(section.width, section.heads, qkv_bias=True, attn_layer=attention) for _ in range(section.depth))
-        )
+        self.pos_embed: Tensor
+        self.blocks = nn.Sequential(*(decoder_block(section, fine, prefix_tokens) for _ in range(section.depth)))
         self.norm = nn.LayerNorm(section.width, eps=1e-6)
         self.head = nn.Linear(section.width, out_dim)
 
@@ -50,9 +50,13 @@ class Decoder(nn.Module):
         return self.head(x[:, self.prefix_tokens :])
 
 
-def _attention(dim: int, num_heads: int, *, section: ScaleSection, grid: Grid, prefix_tokens: int, **_: Any) -> nn.Module:
-    """What timm's block calls for its attention; its other keywords (bias, dropout) are timm's defaults and ours."""
-    return build_attention(section.attention, dim, num_heads, grid, prefix_tokens, **section.options)
+def decoder_block(section: ScaleSection, grid: Grid, prefix_tokens: int) -> Block:
+    """timm's pre-norm block around the attention that the scale asks for."""
+    block = Block(section.width, section.heads, qkv_bias=True)
+    block.attn = build_attention(
+        section.attention, section.width, section.heads, grid, prefix_tokens, **section.options
+    )
+    return block
 
 
 def upsample_tokens(tokens: Tensor, grid: Grid, scale: int, prefix_tokens: int, mode: str) -> Tensor:
@@ -63,5 +67,5 @@ def upsample_tokens(tokens: Tensor, grid: Grid, scale: int, prefix_tokens: int, 
     B, n, D = patches.shape
     coarse = patches.transpose(1, 2).reshape(B, D, *grid)
     smooth = {} if mode == "nearest" else {"align_corners": False}
-    fine = F.interpolate(coarse, scale_factor=float(scale), mode=mode, **smooth)  # type: ignore[arg-type]
+    fine = F.interpolate(coarse, scale_factor=float(scale), mode=mode, **smooth)
     return torch.cat([prefix, fine.reshape(B, D, scale * scale * n).transpose(1, 2)], dim=1)

@@ -1,9 +1,9 @@
 """The encoder: a timm ViT, built, saved and loaded so that timm alone can load it too.
 
-    encoder.safetensors   timm's own key names
-    encoder.json          {"schema", "architecture": NAME, "kwargs": {…}, "mean": [m], "std": [s], "provenance": {…}}
+encoder.safetensors   timm's own key names
+encoder.json          {"schema", "architecture": NAME, "kwargs": {…}, "mean": [m], "std": [s], "provenance": {…}}
 
-    vit = timm.create_model(card["architecture"], **card["kwargs"]); vit.load_state_dict(load_file(…))
+vit = timm.create_model(card["architecture"], **card["kwargs"]); vit.load_state_dict(load_file(…))
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, cast
 
 import timm
 import torch
@@ -21,6 +22,7 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..data.views import Normalisation
 from ..engine.errors import UserError, did_you_mean, one_line
 from ..engine.files import read_json, write_json
 
@@ -53,7 +55,9 @@ def card_for(name: str, image_size: tuple[int, int], options: Mapping[str, Any])
     known = timm.list_models("*vit*")
     if name not in known:
         raise UserError(f"model.encoder: timm has no ViT {name!r}{did_you_mean(name, known) if len(name) > 3 else ''}")
-    return EncoderCard(architecture=name, kwargs={"in_chans": 1, "num_classes": 0, "img_size": list(image_size), **options})
+    return EncoderCard(
+        architecture=name, kwargs={"in_chans": 1, "num_classes": 0, "img_size": list(image_size), **options}
+    )
 
 
 def build_encoder(card: EncoderCard) -> VisionTransformer:
@@ -65,11 +69,17 @@ def build_encoder(card: EncoderCard) -> VisionTransformer:
     try:
         vit = timm.create_model(card.architecture, **card.kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model.encoder: timm cannot build {card.architecture} with {card.kwargs}: {one_line(str(error))}") from error
+        raise UserError(
+            f"model.encoder: timm cannot build {card.architecture} with {card.kwargs}: {one_line(str(error))}"
+        ) from error
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
-        raise UserError(f"model.encoder: {card.architecture} is no plain ViT with absolute positions; choose e.g. vit_small_patch16_224")
+        raise UserError(
+            f"model.encoder: {card.architecture} is no plain ViT with absolute positions; try vit_small_patch16_224"
+        )
     if any(True for _ in vit.fc_norm.parameters()):
-        raise UserError(f"model.encoder: {card.architecture} pools before its last norm, so its tokens are not normed; choose one with a class token")
+        raise UserError(
+            f"model.encoder: {card.architecture} norms after pooling, not before; choose a ViT with a class token"
+        )
     initialise(vit)
     set_sincos_positions(vit)
     return describe(vit, card)
@@ -77,9 +87,16 @@ def build_encoder(card: EncoderCard) -> VisionTransformer:
 
 def describe(vit: VisionTransformer, card: EncoderCard) -> VisionTransformer:
     """Put the input's size and statistics where timm looks for them."""
-    size = (vit.patch_embed.proj.in_channels, *card.image_size)
-    vit.pretrained_cfg = {**vit.pretrained_cfg, "input_size": size, "mean": card.mean, "std": card.std, "num_classes": 0}
+    size = (card.kwargs["in_chans"], *card.image_size)
+    config = {"input_size": size, "mean": card.mean, "std": card.std, "num_classes": 0}
+    cast(Any, vit).pretrained_cfg = {**cast(Any, vit).pretrained_cfg, **config}
     return vit
+
+
+def normalisation(vit: VisionTransformer) -> Normalisation:
+    """How its input is normalised; of a colour model's statistics the mean, for one channel."""
+    config = cast(Any, vit).pretrained_cfg
+    return Normalisation(fmean(config["mean"]), fmean(config["std"]))
 
 
 def initialise(module: nn.Module) -> None:
@@ -147,7 +164,9 @@ def find_card(path: str) -> tuple[Path, EncoderCard]:
     """
     weights = Path(path) / "encoder.safetensors" if Path(path).is_dir() else Path(path)
     if not weights.is_file():
-        raise UserError(f"there is no encoder at {path}: name a finished pretraining run, an encoder.safetensors, or timm:NAME")
+        raise UserError(
+            f"there is no encoder at {path}: name a finished pretraining run, an encoder.safetensors, or timm:NAME"
+        )
     return weights, read_card(weights.with_suffix(".json"))
 
 
@@ -179,7 +198,7 @@ def random_like(path_or_name: str | Path, seed: int) -> VisionTransformer:
     torch.manual_seed(seed)
     if not name.startswith("timm:"):
         return build_encoder(find_card(name)[1]).eval()
-    vit = timm.create_model(name.removeprefix("timm:"), in_chans=1, num_classes=0)
+    vit: VisionTransformer = timm.create_model(name.removeprefix("timm:"), in_chans=1, num_classes=0)
     initialise(vit)
     return vit.eval()
 
@@ -188,7 +207,9 @@ def _load_timm(name: str) -> VisionTransformer:
     try:
         vit = timm.create_model(name, pretrained=True, in_chans=1, num_classes=0)
     except Exception as error:  # whatever the hub, the network or timm raise: the user's to mend
-        raise UserError(f"timm:{name} could not be had ({one_line(str(error))[:200]}); is the name right and the network up?") from error
+        raise UserError(
+            f"timm:{name} could not be had ({one_line(str(error))[:200]}); is the name right and the network up?"
+        ) from error
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"timm:{name} is no plain ViT; choose one of timm's vit_… models")
     return vit.eval()

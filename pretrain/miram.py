@@ -1,11 +1,11 @@
 """MIRAM: a masked autoencoder that reconstructs an image at several scales (Vo et al. 2025, arXiv 2503.07157).
 
-The encoder sees the visible patches of the image. Its tokens, with a mask token in every gap, make one full grid that all
-decoders share; the decoder of scale s works on a grid s times as fine and reconstructs the image s times as fine, so that
-scale 2 must invent detail the encoder never saw. After pretraining the decoders are dropped. One scale is MAE (He et al.
-2022, arXiv 2111.06377).
+The encoder sees the visible patches of the image. Its tokens, with a mask token in every gap, make one full grid that
+all decoders share; the decoder of scale s works on a grid s times as fine and reconstructs the image s times as fine,
+so that scale 2 must invent detail the encoder never saw. After pretraining the decoders are dropped. One scale is MAE
+(He et al. 2022, arXiv 2111.06377).
 
-Legend: B batch, C channels, n patches of the grid, V visible ones, E encoder width, D width of the shared grid, p patch side.
+Legend: B batch, C channels, n patches of the grid, V visible ones, D width of the shared grid, p patch side.
 """
 
 from __future__ import annotations
@@ -44,14 +44,25 @@ class Miram(Objective):
         variance_floor: float = 0.01,
     ):
         super().__init__()
-        self.scales, self.mask_ratio, self.norm_pix, self.variance_floor = tuple(scales), mask_ratio, norm_pix, variance_floor
+        self.scales, self.mask_ratio, self.norm_pix, self.variance_floor = (
+            tuple(scales),
+            mask_ratio,
+            norm_pix,
+            variance_floor,
+        )
         self.loss_names = tuple(str(section.scale) for section in scales)
         self.loss_weights = tuple(section.weight for section in scales)
-        self.p, self.grid, self.prefix_tokens = encoder.patch_embed.patch_size[0], encoder.patch_embed.grid_size, encoder.num_prefix_tokens
+        self.p, self.grid, self.prefix_tokens = (
+            encoder.patch_embed.patch_size[0],
+            encoder.patch_embed.grid_size,
+            encoder.num_prefix_tokens,
+        )
         width, out_dim = scales[0].width, self.p**2 * encoder.patch_embed.proj.in_channels
         self.decoder_embed = nn.Linear(encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoders = nn.ModuleList(Decoder(section, width, self.grid, self.prefix_tokens, out_dim) for section in scales)
+        self.decoders = nn.ModuleList(
+            Decoder(section, width, self.grid, self.prefix_tokens, out_dim) for section in scales
+        )
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
         self.encoder = encoder  # after `initialise`: its weights may come from elsewhere

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def patchify(images: Tensor, p: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, p*p*C), patches in raster order, pixels of a patch in raster order, channels last (MAE)."""
+    """(B, C, H, W) -> (B, N, p*p*C): patches, and pixels of a patch, in raster order, channels last (as MAE)."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // p, p, W // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
@@ -23,8 +23,8 @@ def unpatchify(patches: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
 def patch_moments(patches: Tensor, variance_floor: float) -> tuple[Tensor, Tensor]:
     """(B, N, P) -> mean and standard deviation of each patch, both (B, N, 1).
 
-    The floor is added to the variance: without it a patch of air is stretched until its noise fills the target, and the
-    model is asked to predict noise.
+    The floor is added to the variance: without it a patch of air is stretched until its noise fills the target, and
+    the model is asked to predict noise.
     """
     mean = patches.mean(-1, keepdim=True)
     return mean, torch.sqrt(patches.var(-1, keepdim=True) + variance_floor)

@@ -76,7 +76,9 @@ def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
         "images": len(shards),
         "config_sha256": hashlib.sha256(dump_yaml(settings).encode()).hexdigest(),
     }
-    return EncoderCard(architecture=card.architecture, kwargs=card.kwargs, mean=(mean,), std=(std,), provenance=provenance)
+    return EncoderCard(
+        architecture=card.architecture, kwargs=card.kwargs, mean=(mean,), std=(std,), provenance=provenance
+    )
 
 
 def build_model(section: ModelSection, card: EncoderCard, seed: int) -> Miram:
@@ -89,9 +91,13 @@ def build_model(section: ModelSection, card: EncoderCard, seed: int) -> Miram:
     encoder = build_encoder(card)
     patch = encoder.patch_embed.patch_size[0]
     if any(side % patch for side in section.size):
-        raise UserError(f"model.image_size {list(section.size)} must be multiples of the encoder's patches of {patch} pixels")
+        raise UserError(
+            f"model.image_size {list(section.size)} must be multiples of the encoder's patches of {patch} pixels"
+        )
     if int(encoder.patch_embed.num_patches * (1 - section.mask_ratio)) < 1:
-        raise UserError(f"model.mask_ratio {section.mask_ratio} leaves none of {encoder.patch_embed.num_patches} patches visible; lower it")
+        raise UserError(
+            f"model.mask_ratio {section.mask_ratio} leaves none of {encoder.patch_embed.num_patches} patches visible"
+        )
     scales = [with_backend(scale, section.attention_backend) for scale in section.scales]
     return Miram(encoder, scales, section.mask_ratio, section.norm_pix, section.variance_floor)
 

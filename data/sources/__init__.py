@@ -1,4 +1,4 @@
-"""One small module an archive layout, each with `read(src, labels) -> Archive`. Add one here and it is a sub-command's choice."""
+"""One small module an archive layout, each with `read(src, labels) -> Archive`; listed here, `ingest` can name it."""
 
 from __future__ import annotations
 

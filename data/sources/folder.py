@@ -45,7 +45,7 @@ def notes(images: list[Path], table: dict[Path, Row]) -> Iterator[str]:
         yield f"{len(images) - len(table)} images are not in the label file and were left out"
     lonely = sum(not row.get("patient") for row in table.values())
     if lonely:
-        yield f"{lonely} images have no patient: each counts as one of its own, which leaks between splits if that is wrong"
+        yield f"{lonely} images have no patient: each counts as one of its own, which leaks if that is wrong"
 
 
 def read_table(path: Path) -> list[Row]:
@@ -78,7 +78,9 @@ def match_rows(src: Path, images: list[Path], rows: list[Row]) -> dict[Path, Row
         path = by_name.get(row["file"])
         if path is None:
             fault = "several images" if names[row["file"]] > 1 else "no image"
-            raise UserError(f"the label file names {row['file']!r}, and {fault} in {src} is called so; correct the `file` column")
+            raise UserError(
+                f"the label file names {row['file']!r}, and {fault} in {src} is called so; correct the `file` column"
+            )
         if path in table:
             raise UserError(f"the label file names {row['file']!r} twice; keep one row an image")
         table[path] = row

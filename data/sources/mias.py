@@ -65,7 +65,9 @@ def read_table(src: Path) -> dict[str, list[Finding]]:
                 table[match[1]].append(finding(match))
         if table:
             return dict(table)
-    raise UserError(f"{src} holds no table of findings (Info.txt or README with lines like `mdb001 G CIRC B 535 425 197`)")
+    raise UserError(
+        f"{src} holds no table of findings (Info.txt or README with lines like `mdb001 G CIRC B 535 425 197`)"
+    )
 
 
 def finding(match: re.Match[str]) -> Finding:
@@ -105,5 +107,7 @@ def read_with_circles(path: Path, circles: tuple[Circle, ...]) -> Film:
     """
     film = read_film(path)
     if film.pixels.shape != (SIDE, SIDE):
-        raise UnreadableImage(f"it has {film.pixels.shape[1]} x {film.pixels.shape[0]} pixels, mini-MIAS has {SIDE} x {SIDE}")
+        raise UnreadableImage(
+            f"it has {film.pixels.shape[1]} x {film.pixels.shape[0]} pixels, mini-MIAS has {SIDE} x {SIDE}"
+        )
     return Film(pixels=film.pixels, max_value=film.max_value, spacing_mm=SPACING_MM, circles=circles)

@@ -13,7 +13,7 @@ Grid = tuple[int, int]  # height, width
 class Attention(nn.Module):
     """Projects to queries, keys and values, mixes values by the variant's rule, projects back.
 
-    `forward` takes timm's `attn_mask` and `is_causal`, so that the module can stand in a timm block; images have neither.
+    `forward` takes timm's `attn_mask` and `is_causal` so that it can stand in a timm block; images have neither.
     """
 
     def __init__(self, dim: int, num_heads: int, grid: Grid, prefix_tokens: int = 0):

@@ -18,7 +18,13 @@ class SoftmaxAttention(Attention):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, grid: Grid, prefix_tokens: int = 0, *, backend: Literal["auto", "sdpa", "eager"] = "auto"
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Grid,
+        prefix_tokens: int = 0,
+        *,
+        backend: Literal["auto", "sdpa", "eager"] = "auto",
     ):
         super().__init__(dim, num_heads, grid, prefix_tokens)
         self.backend = backend

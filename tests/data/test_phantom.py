@@ -141,11 +141,7 @@ def ring_contrasts(settings: PhantomSettings) -> list[float]:
             continue
         assert film.mask is not None
         tissue, body = breast(film), film.mask == 1
-        ring = (
-            ndimage.binary_dilation(body, iterations=7)
-            & ~ndimage.binary_dilation(body, iterations=3)
-            & tissue
-        )
+        ring = ndimage.binary_dilation(body, iterations=7) & ~ndimage.binary_dilation(body, iterations=3) & tissue
         out.append(float(film.pixels[body].mean() - film.pixels[ring].mean()))
     return out
 
@@ -189,9 +185,7 @@ def test_mean_grey_does_not_give_the_density_away() -> None:
 def test_size_changes_the_resolution_and_nothing_else() -> None:
     fine, coarse = PhantomSettings(size=1024, noise=0), PhantomSettings(size=256, noise=0)
     for (record, large), (_, small) in zip(films(2, fine), films(2, coarse), strict=True):
-        reduced = np.asarray(
-            Image.fromarray(large.pixels.astype(np.float32)).resize(small.pixels.shape[::-1], 4)
-        )
+        reduced = np.asarray(Image.fromarray(large.pixels.astype(np.float32)).resize(small.pixels.shape[::-1], 4))
         inside = breast(small)
         assert np.corrcoef(reduced[inside], small.pixels[inside])[0, 1] > 0.95, record.name
         for a, b in zip(large.circles, small.circles, strict=True):

@@ -1,0 +1,86 @@
+"""The whole path in minutes: phantoms, shards, pretraining, probe, report. The one place that calls every stage."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from .data.phantom import PhantomSettings
+from .data.shards import LABEL, ShardDataset
+from .data.sources.phantom import make_phantoms
+from .engine.config import load
+from .engine.files import read_json
+from .engine.report import write_report
+from .engine.run import RESULT, Run
+from .engine.track import console
+from .finetune.config import ProbeConfig
+from .finetune.stage import probe
+from .pretrain.config import PretrainConfig
+from .pretrain.stage import pretrain
+
+PATIENTS, SIZE = 240, 320  # half of the patients to pretrain on, half to probe
+
+
+def run_demo(data: Path | None, task: str | None, out: Path) -> None:
+    """Run every stage into `out`, on phantoms or on a data set of the user's; what is finished is not run again.
+
+    Raises:
+        UserError: the data set is not usable.
+    """
+    shards = data or phantoms(out / "shards")
+    pretrained = pretrain_on(shards, out / "pretrain")
+    if task is None and data is not None:
+        task = choose_task(ShardDataset(shards))
+    probed = [probe_on(shards, pretrained, task, out / "probe", own=data is not None)] if task or data is None else []
+    page = write_report([run.folder for run in (*probed, pretrained)], out / "report.html", title="miram demo")
+    for run in probed:
+        say(read_json(run.folder / "result.json", RESULT))
+    if not probed:
+        print("No label of the data has two classes with enough patients to probe; name one with --task to try.")
+    print(f"report: {page}")
+
+
+def phantoms(out: Path) -> Path:
+    """The demo's data set."""
+    console.print(f"[bold]1/4[/bold] phantoms of {PATIENTS} patients")
+    make_phantoms(out, PATIENTS, PhantomSettings(size=SIZE))
+    return out
+
+
+def pretrain_on(shards: Path, out: Path) -> Run:
+    """Pretrain with the demo's preset; a small data set gets a small batch."""
+    console.print("[bold]2/4[/bold] pretraining: masked patches, reconstructed at two scales")
+    arguments = [f"--data.shards={shards}", f"--out={out}"]
+    wanted = load(PretrainConfig, "pretrain/demo").train.batch_size
+    available = len(ShardDataset(shards, "train"))
+    return pretrain("pretrain/demo", [*arguments, f"--train.batch_size={min(wanted, available)}"])
+
+
+def probe_on(shards: Path, pretrained: Run, task: str | None, out: Path, own: bool) -> Run:
+    """Probe with the demo's preset; of the user's own data all labelled images, by their official split if any."""
+    console.print("[bold]3/4[/bold] linear probe of frozen features, against random weights")
+    arguments = [f"--data.shards={shards}", f"--probe.encoder={pretrained.folder}", f"--out={out}"]
+    arguments += [f"--data.task={task}"] if task else []
+    return probe("probe/demo", [*arguments, *(["--data.split=null"] if own else [])])
+
+
+def choose_task(shards: ShardDataset) -> str | None:
+    """The first label whose every class has as many patients as the probe has folds."""
+    folds = load(ProbeConfig, "probe/demo").probe.folds
+    for column in [column for column in shards.rows[0] if column.startswith(LABEL)]:
+        patients = defaultdict(set)
+        for row in shards.rows:
+            patients[row.get(column, "")].add(row["patient"])
+        patients.pop("", None)
+        if len(patients) > 1 and min(map(len, patients.values())) >= folds:
+            return column.removeprefix(LABEL)
+    return None
+
+
+def say(result: dict[str, object]) -> None:
+    """The probe's figures as a few lines."""
+    console.print("[bold]4/4[/bold] report")
+    print(f"{result['metric']} of {result['task']}, {result['n_images']} images of {result['n_patients']} patients:")
+    for row in (*result["rows"], *result["differences"]):  # type: ignore[misc]
+        interval = "" if row["interval"] is None else "  [{:.3f}, {:.3f}]".format(*row["interval"])
+        print(f"  {row['name']:<34}{row['value']:.3f}{interval}")
