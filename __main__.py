@@ -57,7 +57,7 @@ def pretrain(context: typer.Context) -> None:
 def probe(context: typer.Context) -> None:
     """Probe a frozen encoder: CONFIG --section.key=value …; --help lists the keys."""
     from .finetune.config import ProbeConfig
-    from .finetune.stage import probe as stage
+    from .finetune.probe import probe as stage
 
     run_stage("miram probe", ProbeConfig, stage, context.args)
 

@@ -14,7 +14,7 @@ from .engine.report import write_report
 from .engine.run import RESULT, Run
 from .engine.track import console
 from .finetune.config import ProbeConfig
-from .finetune.stage import probe
+from .finetune.probe import probe
 from .pretrain.config import PretrainConfig
 from .pretrain.stage import pretrain
 

@@ -15,6 +15,12 @@ from accelerate import Accelerator
 from .errors import UserError
 
 
+def device() -> torch.device:
+    """The accelerator of this machine, or its processor."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def make_accelerator(precision: str) -> Accelerator:
     """The process group and precision of this run.
 
@@ -23,8 +29,8 @@ def make_accelerator(precision: str) -> Accelerator:
     Raises:
         UserError: the launcher started another number of processes than there are ranks.
     """
-    cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=cpu)
+    mixed_precision = {"fp32": "no"}.get(precision, precision)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device().type == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(

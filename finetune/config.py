@@ -23,7 +23,7 @@ class ProbeSection(Section):
     """of patients, where the data has no train and test split"""
     inner_folds: int = Field(default=3, ge=2)
     """of patients, for the choice of C"""
-    c_grid: tuple[PositiveFloat, ...] = (0.001, 0.01, 0.1, 1.0)
+    c_grid: tuple[PositiveFloat, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
     """inverse regularisation strengths to choose from"""
     replicates: PositiveInt = 1000
     """bootstrap samples of patients behind an interval"""

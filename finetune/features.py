@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..data.shards import ShardDataset
 from ..data.views import windows
+from ..engine.launch import device
 from ..engine.track import progress_bar
 from ..pretrain.encoder import normalisation
 
@@ -53,14 +54,14 @@ def digest(vit: VisionTransformer, shards: ShardDataset, pool: str) -> str:
 @torch.inference_mode()
 def extract(vit: VisionTransformer, shards: ShardDataset, pool: str, batch_size: int, name: str) -> NDArray[np.float32]:
     """(n, D) features of every sample, on the accelerator if there is one."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    vit = vit.eval().to(device)
+    on = device()
+    vit = vit.eval().to(on)
     sums: NDArray[np.float32] = np.zeros((len(shards), vit.embed_dim), np.float32)
     counts = np.zeros((len(shards), 1), np.float32)
     with progress_bar() as bar:
         task = bar.add_task(f"features, {name}", total=len(shards), note="")
         for owners, batch in window_batches(vit, shards, batch_size):
-            pooled = pool_tokens(vit, vit.forward_features(batch.to(device)), pool).float().cpu().numpy()
+            pooled = pool_tokens(vit, vit.forward_features(batch.to(on)), pool).float().cpu().numpy()
             np.add.at(sums, owners, pooled)
             np.add.at(counts, owners, 1)
             bar.update(task, completed=owners[-1] + 1)

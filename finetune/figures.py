@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from ..engine.metrics import chance
-from .probe import Judgement, Task
+from .linear import Judgement, Task
 
 CAPTION = "Left: how the judged images were classified. Right: the metric in each fold; a line joins an encoder's mean."
 ACCENT, PALE = "#2f6f9f", "#9aa5b1"

@@ -1,150 +1,177 @@
-"""A linear probe that a reviewer would accept: logistic regression on frozen features, everything grouped by patient.
-
-C is chosen on inner folds of the training patients only; every image is judged by a model that never saw its patient.
-Where the data has patients in both an official train and test split, those are used and the test patients judged once.
-
-Legend: n images, D features, k classes.
-"""
+"""The probe stage: an encoder and a labelled data set in, figures with intervals out."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from timm.models.vision_transformer import VisionTransformer
 
 from ..data.shards import ShardDataset
-from ..engine.errors import UserError
-from ..engine.metrics import Floats, Ints, Metric, score
-
-Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # images to fit on, images to judge
+from ..engine.config import load
+from ..engine.files import write_atomic
+from ..engine.metrics import Estimate, Floats, bootstrap_scores, chance, patient_bootstrap, score
+from ..engine.run import Run, open_run
+from ..engine.seeding import stable_seed
+from ..pretrain.encoder import load_encoder, random_like
+from .config import ProbeConfig
+from .features import cached_features
+from .figures import CAPTION, draw_probe
+from .linear import Fold, Judgement, Task, fold_scores, judge, outer_folds, read_task
 
 
 @dataclass(frozen=True)
-class Task:
-    """The labelled images of a data set: which, of whom, of what class."""
+class Probed:
+    """One encoder's judgement, its figure and the figure's bootstrap samples."""
 
     name: str
-    classes: tuple[str, ...]
-    chosen: Ints  # (n,) rows of the data set that have a label
-    truth: Ints  # (n,) class of each
-    patients: NDArray[np.str_]  # (n,)
-    splits: NDArray[np.str_]  # (n,)
+    judgement: Judgement
+    value: float
+    samples: Floats
+    folds: list[float]
 
     @property
-    def metric(self) -> Metric:
-        """AUC for two classes, balanced accuracy for more."""
-        return "AUC" if len(self.classes) == 2 else "balanced accuracy"
+    def estimate(self) -> Estimate:
+        """The figure with its interval."""
+        return Estimate.of(self.value, self.samples)
+
+
+def probe(config: str, arguments: Sequence[str] = ()) -> Run:
+    """`miram probe CONFIG --a.b=value …`.
+
+    Raises:
+        UserError: configuration, encoder, data or run folder are not usable.
+    """
+    settings = load(ProbeConfig, config, arguments)
+    trial = Trial.of(settings)
+    encoders = list(named_encoders(settings))
+    run = open_run(settings, settings.out, "probe")
+    if run.finished:
+        print(f"{run.folder} is finished; nothing to do")
+        return run
+    with run.recorded():
+        probed = [trial.probe(name, vit, run.folder / "features") for name, vit in encoders]
+        write_result(run, trial, probed)
+        write_predictions(run, trial, probed[0].judgement)
+        figure = run.caption({"probe.png": CAPTION}) / "probe.png"
+        draw_probe(figure, trial.task, [(p.name, p.judgement, p.folds) for p in probed])
+    return run
+
+
+def named_encoders(settings: ProbeConfig) -> Iterator[tuple[str, VisionTransformer]]:
+    """The encoder, then its controls with random weights."""
+    yield "pretrained", load_encoder(settings.probe.encoder)
+    for i in range(settings.probe.controls):
+        seed = stable_seed(settings.seed, "control", i) % 2**63
+        yield f"random {i + 1}", random_like(settings.probe.encoder, seed)
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a probe says of m judged images: their numbers in the task, (m, k) probabilities, fold, C of each fold."""
+class Trial:
+    """What is the same for every encoder: images, task, folds, C grid, bootstrap samples."""
 
-    images: Ints
-    probabilities: Floats
-    fold: Ints
-    chosen_c: tuple[float, ...]
+    settings: ProbeConfig
+    shards: ShardDataset
+    task: Task
+    splits: list[Fold]
+    split_name: str
+
+    @classmethod
+    def of(cls, settings: ProbeConfig) -> Trial:
+        """Read data and task.
+
+        Raises:
+            UserError: the data has no such task, or too few patients for the folds.
+        """
+        shards = ShardDataset(settings.data.shards, settings.data.split, settings.data.cache_mb)
+        task = read_task(shards, settings.data.task)
+        return cls(settings, shards, task, *outer_folds(task, settings.probe.folds, settings.seed))
+
+    def probe(self, name: str, vit: VisionTransformer, cache: Path) -> Probed:
+        """Features, judgement and figure of one encoder."""
+        section, task, seed = self.settings.probe, self.task, self.settings.seed
+        features = cached_features(vit, self.shards, section.pool, section.batch_size, cache, name)
+        judgement = judge(features[task.chosen], task, self.splits, section.c_grid, section.inner_folds, seed)
+        truth, patients = task.truth[judgement.images], task.patients[judgement.images]
+        weights = patient_bootstrap(truth, patients, section.replicates, seed)
+        samples = bootstrap_scores(task.metric, truth, judgement.probabilities, weights)
+        value = score(task.metric, truth, judgement.probabilities)
+        return Probed(name, judgement, value, samples, fold_scores(task, judgement))
 
 
-def read_task(shards: ShardDataset, name: str | None) -> Task:
-    """The task of a data set's label.
+def write_result(run: Run, trial: Trial, probed: list[Probed]) -> None:
+    """result.json: the encoder's figure first, then every other row, then differences on the same bootstrap samples."""
+    first, controls, task, split = probed[0], probed[1:], trial.task, trial.settings.data.split
+    judged = first.judgement.images
+    run.result(
+        {
+            "task": task.name,
+            "split": trial.split_name + (f", within split {split!r}" if split else ""),
+            "metric": task.metric,
+            "value": first.value,
+            "interval": first.estimate.interval,
+            "n_images": len(judged),
+            "n_patients": len(np.unique(task.patients[judged])),
+            "classes": {name: int((task.truth[judged] == k).sum()) for k, name in enumerate(task.classes)},
+            "rows": list(rows(task, first, controls)),
+            "differences": list(differences(first, controls)),
+            "notes": notes(task, trial.settings),
+        }
+    )
 
-    Raises:
-        UserError: no task was named, no sample has it, or all have the same label.
-    """
-    if name is None:
-        raise UserError("data.task is not set; name the label to predict, e.g. --data.task=density")
-    labels = np.array(shards.labels(name))
-    chosen = np.flatnonzero(labels != "")
-    classes, truth = np.unique(labels[chosen], return_inverse=True)
-    if len(classes) < 2:
-        raise UserError(
-            f"data.task={name}: every labelled image is {', '.join(map(repr, classes))}; there is nothing to tell apart"
+
+def rows(task: Task, first: Probed, controls: list[Probed]) -> Iterator[dict[str, object]]:
+    """Every encoder, the controls' mean, and the majority class."""
+    for p in (first, *controls):
+        detail = (
+            f"C {', '.join(f'{c:g}' for c in p.judgement.chosen_c)}; folds {', '.join(f'{v:.3f}' for v in p.folds)}"
         )
-    column = {c: np.array([shards.rows[i][c] for i in chosen]) for c in ("dataset", "patient", "split")}
-    patients = np.char.add(np.char.add(column["dataset"], "/"), column["patient"])
-    return Task(name, tuple(map(str, classes)), chosen, truth, patients, column["split"])
+        name = f"{p.name} encoder" if p is first else f"{p.name} weights"
+        yield {"name": name, "value": p.value, "interval": p.estimate.interval, "detail": detail}
+    if controls:
+        mean = mean_of(controls)
+        yield {"name": f"mean of {len(controls)} random", "value": mean.value, "interval": mean.interval}
+    yield {"name": "majority class", "value": chance(task.metric, len(task.classes)), "interval": None}
 
 
-def outer_folds(task: Task, folds: int, seed: int) -> tuple[list[Fold], str]:
-    """The official split if the task's images have one, else folds of patients; and its name for the reader.
-
-    Raises:
-        UserError: a class has fewer patients than there are folds.
-    """
-    train, test = (np.flatnonzero(task.splits == s) for s in ("train", "test"))
-    if len(train) and len(test):
-        return [(train, test)], "official train and test"
-    splits = list(grouped_folds(task.truth, task.patients, folds, seed, task))
-    return splits, f"{folds} folds by patient"
+def differences(first: Probed, controls: list[Probed]) -> Iterator[dict[str, object]]:
+    """The encoder against the mean of its controls, patient sample by patient sample."""
+    if controls:
+        gap = Estimate.of(
+            first.value - mean_of(controls).value,
+            first.samples - np.mean([c.samples for c in controls], axis=0),
+        )
+        name = f"pretrained - mean of {len(controls)} random"
+        yield {"name": name, "value": gap.value, "interval": gap.interval}
 
 
-def grouped_folds(truth: Ints, patients: NDArray[np.str_], folds: int, seed: int, task: Task) -> Iterator[Fold]:
-    """Folds that keep a patient whole and classes balanced.
-
-    Raises:
-        UserError: a class has fewer patients than there are folds.
-    """
-    for k in np.unique(truth):
-        found = len(np.unique(patients[truth == k]))
-        if found < folds:
-            raise UserError(
-                f"data.task={task.name}: class {task.classes[k]!r} has {found} patients, fewer than {folds} folds; "
-                "lower probe.folds and probe.inner_folds, or ingest more patients"
-            )
-    yield from StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32).split(truth, truth, patients)
+def mean_of(probed: list[Probed]) -> Estimate:
+    """The mean figure of several encoders on the same images."""
+    return Estimate.of(float(np.mean([p.value for p in probed])), np.mean([p.samples for p in probed], axis=0))
 
 
-def judge(
-    features: NDArray[np.float32],
-    task: Task,
-    splits: Sequence[Fold],
-    c_grid: Sequence[float],
-    inner: int,
-    seed: int,
-) -> Judgement:
-    """Fit on each fold's training patients, judge the others.
-
-    Args:
-        features: (n, D) of the task's images.
-        task: classes and patients.
-        splits: what to fit on and what to judge.
-        c_grid: strengths to choose from.
-        inner: folds of training patients the choice is made on.
-        seed: of the inner folds.
-    """
-    judged, probabilities, fold, chosen_c = [], [], [], []
-    for number, (fit, rest) in enumerate(splits):
-        search = fit_probe(features[fit], task, fit, c_grid, inner, seed)
-        judged.append(rest)
-        probabilities.append(search.predict_proba(features[rest]))
-        fold.append(np.full(len(rest), number))
-        chosen_c.append(float(search.best_params_["logisticregression__C"]))
-    return Judgement(np.concatenate(judged), np.concatenate(probabilities), np.concatenate(fold), tuple(chosen_c))
-
-
-def fit_probe(
-    features: NDArray[np.float32], task: Task, fit: Ints, c_grid: Sequence[float], inner: int, seed: int
-) -> GridSearchCV:
-    """Logistic regression on standardised features with C chosen on inner folds of patients."""
-    truth, patients = task.truth[fit], task.patients[fit]
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000, class_weight="balanced"))
-    scoring = "roc_auc" if task.metric == "AUC" else "balanced_accuracy"
-    folds = list(grouped_folds(truth, patients, inner, seed, task))
-    search = GridSearchCV(model, {"logisticregression__C": list(c_grid)}, scoring=scoring, cv=folds)
-    return search.fit(features, truth)
-
-
-def fold_scores(task: Task, judgement: Judgement) -> list[float]:
-    """The metric within each fold."""
-    truth = task.truth[judgement.images]
+def notes(task: Task, settings: ProbeConfig) -> list[str]:
+    """How the figures were made, for the reader of the report."""
     return [
-        score(task.metric, truth[judgement.fold == f], judgement.probabilities[judgement.fold == f])
-        for f in np.unique(judgement.fold)
+        f"Intervals: 95 %, {settings.probe.replicates} bootstrap samples of patients. They do not cover the "
+        "spread over pretraining seeds.",
+        "C is chosen on inner folds of the training patients; no image is judged by a probe that saw its patient.",
+        f"{task.metric} over all judged images together, not averaged over folds."
+        + (f" AUC is of class {task.classes[1]!r}." if task.metric == "AUC" else ""),
     ]
+
+
+def write_predictions(run: Run, trial: Trial, judgement: Judgement) -> None:
+    """predictions.csv: one row a judged image."""
+    task = trial.task
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(["key", "patient", "truth", "fold", *(f"p_{name}" for name in task.classes)])
+    for image, p, fold in zip(judgement.images, judgement.probabilities, judgement.fold, strict=True):
+        row = trial.shards.rows[task.chosen[image]]
+        table.writerow([row["key"], row["patient"], task.classes[task.truth[image]], fold, *(f"{x:.6f}" for x in p)])
+    write_atomic(run.folder / "predictions.csv", buffer.getvalue())

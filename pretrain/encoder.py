@@ -198,7 +198,7 @@ def random_like(path_or_name: str | Path, seed: int) -> VisionTransformer:
     torch.manual_seed(seed)
     if not name.startswith("timm:"):
         return build_encoder(find_card(name)[1]).eval()
-    vit: VisionTransformer = timm.create_model(name.removeprefix("timm:"), in_chans=1, num_classes=0)
+    vit = cast(VisionTransformer, timm.create_model(name.removeprefix("timm:"), in_chans=1, num_classes=0))
     initialise(vit)
     return vit.eval()
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch.utils.data import default_collate
 
 from ..data.shards import ShardDataset
@@ -43,11 +42,14 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
     model = build_model(settings.model, card, settings.seed)
     views = build_views(settings, card, model)
     stream = EpochStream(shards, views, settings.train.batch_size, settings.seed, settings.data.workers)
-    run = join_run(settings, accelerator)
+    run = Run(Path(settings.out), "pretrain")
+    trainer = Trainer(run, model, stream, settings.train, settings.seed, accelerator)
+    if accelerator.is_main_process:
+        open_run(settings, settings.out, "pretrain")  # the first thing written: all that can be refused has been
+    accelerator.wait_for_everyone()
     if run.finished:
         accelerator.print(f"{run.folder} is finished; nothing to do")
         return run
-    trainer = Trainer(run, model, stream, settings.train, settings.seed, accelerator)
     with run.recorded(writes=accelerator.is_main_process):
         trainer.fit()
         if accelerator.is_main_process:
@@ -55,14 +57,6 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return run
-
-
-def join_run(settings: PretrainConfig, accelerator: Accelerator) -> Run:
-    """The run folder, opened and checked by rank 0."""
-    if accelerator.is_main_process:
-        open_run(settings, settings.out, "pretrain")
-    accelerator.wait_for_everyone()
-    return Run(Path(settings.out), "pretrain")
 
 
 def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:

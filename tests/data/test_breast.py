@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from miram.data.breast import Geometry, find_breast, isolate
 from miram.data.record import Circle, Film, Pixels
-from numpy.typing import NDArray
 
 HEIGHT, WIDTH = 900, 760
 Mask = NDArray[np.bool_]

@@ -8,11 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from miram.data.phantom import DENSITIES, FRAME_MM, PhantomSettings, records
-from miram.data.record import Film, Record
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+
+from miram.data.phantom import DENSITIES, FRAME_MM, PhantomSettings, records
+from miram.data.record import Film, Record
 
 SMALL = PhantomSettings(size=256)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
 from miram.engine.errors import UserError
 from miram.engine.report import write_report
-from PIL import Image
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 SVG_SHAPES = {"line", "circle"}

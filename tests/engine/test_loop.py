@@ -1,0 +1,388 @@
+"""The loop against plain torch, and against itself interrupted, at every way of cutting a batch."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from itertools import count
+from math import cos, pi
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from miram.engine import checkpoint as checkpoints
+from miram.engine.errors import Preempted, RunFailed, UserError
+from miram.engine.launch import make_accelerator
+from miram.engine.loop import Batch, Objective, Stream, Trainer, TrainSection, split_batch
+from miram.engine.run import Run, read_metrics
+
+BATCH = 8
+STEPS = 10
+fork = multiprocessing.get_context("fork")
+
+
+class Line(Objective):
+    """Two regressions of one layer; the first loss counts only some of the rows, and never the same number.
+
+    `edge` is zero, and so is its gradient, but for a row without room: there the gradient is no number.
+    """
+
+    loss_names = ("some", "all")
+    loss_weights = (1.0, 0.5)
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.dropout = nn.Linear(3, 2), nn.Dropout(dropout)
+
+    def forward(self, batch: Batch) -> Tensor:
+        error = (self.layer(self.dropout(batch["x"])) - batch["y"]).square().sum(1)
+        edge = (batch["room"] + 0 * self.layer.weight.sum()).sqrt() - batch["room"].sqrt()
+        return torch.stack([(error * batch["counted"]).sum(), (error + edge).sum()])
+
+    def counts(self, batch: Batch) -> Tensor:
+        return torch.stack([batch["counted"].sum(), torch.tensor(float(len(batch["x"])))])
+
+
+def rows(step: int) -> Batch:
+    """Global batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    counted = (torch.rand(BATCH, generator=generator) < 0.6).float()
+    counted[0] = 1
+    return {
+        "x": torch.randn(BATCH, 3, generator=generator),
+        "y": torch.randn(BATCH, 2, generator=generator),
+        "counted": counted,
+        "room": torch.ones(BATCH),
+    }
+
+
+class Rows(Stream):
+    """Global batches cut into micro-batches; `before` may spoil or stop any of them."""
+
+    batches_per_epoch = 7
+
+    def __init__(self, before: Callable[[int, int, Batch], None] = lambda *_: None) -> None:
+        self.before = before
+
+    def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Iterator[Batch]:
+        for step in count(start):
+            whole = rows(step)
+            for part, begin in enumerate(range(0, BATCH, micro_batch)):
+                batch = {name: values[begin : begin + micro_batch] for name, values in whole.items()}
+                self.before(step, part, batch)
+                yield batch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def trainer(folder: Path, objective: Line, stream: Stream | None = None, **section: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "blr": 3.2,
+        "warmup_steps": 4,
+        "precision": "fp32",
+        "log_every": 1,
+        "checkpoint_every": 3,
+    }
+    train = TrainSection(**{**defaults, **section})
+    return Trainer(Run(folder, "test"), objective, stream or Rows(), train, 5, make_accelerator("fp32"))
+
+
+def fit(folder: Path, objective: Line | None = None, stream: Stream | None = None, **section: Any) -> Line:
+    """Train as a fresh process would; accelerate keeps its state from one to the next."""
+    AcceleratorState._reset_state(True)
+    objective = objective or Line()
+    trainer(folder, objective, stream, **section).fit()
+    return objective
+
+
+def weights(objective: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in objective.parameters()])
+
+
+def gradient_norm(objective: nn.Module) -> float:
+    return torch.cat([p.grad.reshape(-1) for p in objective.parameters() if p.grad is not None]).norm().item()
+
+
+def expected_lr(step: int) -> float:
+    """Of the step counted from 0: blr 3.2 at batch 8 is a peak of 0.1; four steps of warm-up out of ten."""
+    return 0.1 * (step + 1) / 4 if step < 4 else 0.05 * (1 + cos(pi * (step - 4) / 6))
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """The lines of the log without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "peak_memory_bytes")} for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------- learning
+
+
+def plain_torch() -> tuple[Tensor, list[list[float]], list[float]]:
+    """Weights, losses and gradient norms of the same training, written out."""
+    model = Line()
+    layer = model.layer
+    groups = [{"params": [layer.weight], "weight_decay": 0.05}, {"params": [layer.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    logged, norms = [], []
+    for step in range(STEPS):
+        batch = rows(step)
+        error = (layer(batch["x"]) - batch["y"]).square().sum(1)
+        some, every = error[batch["counted"] == 1].mean(), error.mean()
+        optimizer.zero_grad()
+        (some + 0.5 * every).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = expected_lr(step)
+        norms.append(gradient_norm(model))
+        optimizer.step()
+        logged.append([some.item(), every.item()])
+    return weights(model), logged, norms
+
+
+@pytest.mark.parametrize("micro_batch", [None, 8, 4, 2, 1])
+def test_every_way_of_cutting_a_batch_learns_what_plain_torch_learns(tmp_path: Path, micro_batch: int | None) -> None:
+    found = fit(tmp_path, micro_batch=micro_batch)
+    expected, logged, norms = plain_torch()
+    assert (weights(found) - expected).abs().max() < 1e-6
+    lines = losses(tmp_path)
+    assert [[line["loss/some"], line["loss/all"]] for line in lines] == [
+        pytest.approx(pair, rel=1e-5) for pair in logged
+    ]
+    assert [line["loss"] for line in lines] == pytest.approx([some + 0.5 * every for some, every in logged], rel=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-5)
+
+
+def test_log_line_says_where_the_run_is(tmp_path: Path) -> None:
+    fit(tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["samples"] for line in lines] == [BATCH * step for step in range(1, STEPS + 1)]
+    assert [line["epoch"] for line in lines] == pytest.approx([step / 7 for step in range(1, STEPS + 1)], abs=1e-4)
+    assert all(line["images_per_s"] > 0 and line["peak_memory_bytes"] > 2**20 for line in lines)
+
+
+def test_learning_rate_of_the_log_is_the_schedules(tmp_path: Path) -> None:
+    fit(tmp_path)
+    assert [line["lr"] for line in losses(tmp_path)] == pytest.approx([expected_lr(s) for s in range(STEPS)], rel=1e-12)
+
+
+def test_log_line_is_the_mean_since_the_line_before(tmp_path: Path) -> None:
+    fit(tmp_path / "each")
+    fit(tmp_path / "fourth", log_every=4)
+    each = [line["loss"] for line in losses(tmp_path / "each")]
+    fourth = losses(tmp_path / "fourth")
+    assert [line["step"] for line in fourth] == [4, 8, 10]
+    means = [sum(each[a:b]) / (b - a) for a, b in ((0, 4), (4, 8), (8, 10))]
+    assert [line["loss"] for line in fourth] == pytest.approx(means, rel=1e-6)
+
+
+class Still(Line):
+    """Learns nothing: what changes is decay."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        return super().forward(batch) * 0
+
+
+def test_decay_is_of_matrices_only(tmp_path: Path) -> None:
+    before, after = Still(), fit(tmp_path, Still(), weight_decay=0.3)
+    shrunk = torch.tensor([1 - 0.3 * expected_lr(step) for step in range(STEPS)]).prod()
+    assert shrunk < 0.9
+    assert torch.allclose(after.layer.weight, before.layer.weight * shrunk, rtol=1e-5)
+    assert torch.equal(after.layer.bias, before.layer.bias)
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    objective, before = Line(), Line()
+    objective.layer.weight.requires_grad_(False)
+    fit(tmp_path, objective)
+    assert torch.equal(objective.layer.weight, before.layer.weight)
+    assert not torch.equal(objective.layer.bias, before.layer.bias)
+
+
+def test_clipping_bounds_what_is_applied_and_logs_the_norm_before(tmp_path: Path) -> None:
+    one = trainer(tmp_path, Line(), clip_grad=1e-3)
+    applied: list[float] = []
+    one.adamw.register_step_pre_hook(lambda *_: applied.append(gradient_norm(one.objective)))
+    one.fit()
+    assert applied == pytest.approx([1e-3] * STEPS, rel=1e-2)
+    assert min(line["grad_norm"] for line in losses(tmp_path)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "steps"),
+    [
+        (2, 7, 14),
+        (0.5, 7, 4),
+        (0.01, 7, 1),
+        pytest.param(1.1, 50, 55, marks=pytest.mark.xfail(strict=True, reason="1.1 * 50 is 55.00000000000001")),
+    ],
+)
+def test_epochs_are_counted_in_global_batches(tmp_path: Path, epochs: float, per_epoch: int, steps: int) -> None:
+    stream = Rows()
+    stream.batches_per_epoch = per_epoch
+    assert trainer(tmp_path, Line(), stream, steps=None, epochs=epochs).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "world", "split"),
+    [(8, None, 1, (8, 1)), (8, None, 4, (2, 1)), (8, 2, 1, (2, 4)), (8, 2, 2, (2, 2)), (1, None, 1, (1, 1))],
+)
+def test_batch_is_split_over_ranks_and_micro_batches(
+    batch_size: int, micro_batch: int | None, world: int, split: tuple[int, int]
+) -> None:
+    section = TrainSection(steps=1, batch_size=batch_size, micro_batch=micro_batch)
+    assert split_batch(section, world) == split
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "world"), [(8, 3, 1), (8, 16, 1), (10, 4, 2), (9, None, 2), (1, None, 2)]
+)
+def test_batch_that_does_not_divide_is_a_user_error(batch_size: int, micro_batch: int | None, world: int) -> None:
+    section = TrainSection(steps=1, batch_size=batch_size, micro_batch=micro_batch)
+    with pytest.raises(UserError, match=rf"train\.batch_size={batch_size} is no multiple of {world} ranks"):
+        split_batch(section, world)
+
+
+# ---------------------------------------------------------------------------------------------- stopping and going on
+
+
+class Cut(Exception):
+    """The stream breaks off."""
+
+
+def cut(step: int, part: int, batch: Batch) -> None:
+    if (step, part) == (7, 1):
+        raise Cut
+
+
+def kill(step: int, part: int, batch: Batch) -> None:
+    if (step, part) == (7, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def until_cut(folder: Path, section: dict[str, Any]) -> None:
+    with pytest.raises(Cut):
+        fit(folder, Line(dropout=0.5), Rows(cut), **section)
+
+
+def until_killed(folder: Path, section: dict[str, Any]) -> None:
+    process = fork.Process(target=lambda: fit(folder, Line(dropout=0.5), Rows(kill), **section))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("interrupted", [until_cut, until_killed])
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+    tmp_path: Path, interrupted: Callable[[Path, dict[str, Any]], None], log_every: int
+) -> None:
+    section: dict[str, Any] = {"micro_batch": 4, "log_every": log_every}
+    whole = fit(tmp_path / "whole", Line(dropout=0.5), **section)
+    interrupted(tmp_path / "cut", section)
+    assert sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())[-1] == "step-00000006"
+    assert losses(tmp_path / "cut")[-1]["step"] == {1: 7, 4: 4}[log_every]
+    resumed = fit(tmp_path / "cut", Line(dropout=0.5), **section)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    last = [checkpoints.load_latest(tmp_path / name / "checkpoints")[0] for name in ("cut", "whole")]
+    assert last[0] is not None
+    assert last[1] is not None
+    assert all(torch.equal(value, last[1].optimizer[key]) for key, value in last[0].optimizer.items())
+    assert last[0].state == last[1].state
+
+
+def test_what_is_random_in_a_step_depends_on_the_step_alone(tmp_path: Path) -> None:
+    one = trainer(tmp_path, Line())
+
+    def draw(step: int) -> list[float]:
+        one.step = step
+        one.seed_step()
+        return torch.rand(3).tolist()
+
+    first, second = draw(0), draw(1)
+    assert first != second
+    assert draw(0) == first
+
+
+def test_finished_run_learns_no_more(tmp_path: Path) -> None:
+    first = fit(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = fit(tmp_path)
+    assert torch.equal(weights(again), weights(first))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path, number: signal.Signals) -> None:
+    def stop(step: int, part: int, batch: Batch) -> None:
+        if (step, part) == (4, 0):
+            os.kill(os.getpid(), number)
+
+    whole = fit(tmp_path / "whole", micro_batch=4)
+    handler = signal.getsignal(number)
+    with pytest.raises(Preempted, match=f"after step 5 of {STEPS}"):
+        fit(tmp_path / "run", stream=Rows(stop), micro_batch=4)
+    assert signal.getsignal(number) == handler
+    found, skipped = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert found.state["step"] == 5
+    assert skipped == []
+    resumed = fit(tmp_path / "run", micro_batch=4)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(Cut):
+        fit(tmp_path / "run", stream=Rows(cut), micro_batch=4)
+    (tmp_path / "run" / "checkpoints" / "step-00000006" / "rng.safetensors").write_bytes(b"")
+    resumed = fit(tmp_path / "run", micro_batch=4)
+    said = capsys.readouterr().out
+    assert "skipped checkpoint step-00000006: rng.safetensors does not match" in said
+    assert "going on from step 3 of 10" in said
+    assert (weights(resumed) - weights(whole)).abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------- broken losses
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 100])
+@pytest.mark.parametrize("checkpoint_every", [2, 100])
+@pytest.mark.parametrize(("name", "value"), [("y", float("nan")), ("x", float("inf")), ("x", 1e30), ("room", 0.0)])
+def test_broken_loss_or_gradient_fails_and_reaches_no_file(
+    tmp_path: Path, name: str, value: float, checkpoint_every: int, log_every: int
+) -> None:
+    def poison(step: int, part: int, batch: Batch) -> None:
+        if (step, part) == (6, 1):
+            batch[name] = batch[name].clone().fill_(value)
+
+    section: dict[str, Any] = {"micro_batch": 4, "log_every": log_every, "checkpoint_every": checkpoint_every}
+    with pytest.raises(RunFailed, match=r"not a number by step (7|8|10)"):
+        fit(tmp_path, Line(), Rows(poison), **section)
+    saved = list((tmp_path / "checkpoints").glob("step-*"))
+    assert [path.name for path in sorted(saved)] == ["step-00000004", "step-00000006"] * (checkpoint_every == 2)
+    for path in saved:
+        assert checkpoints.verify(path) is None
+    found, _ = checkpoints.load_latest(tmp_path / "checkpoints")
+    for tensor in [*found.model.values(), *found.optimizer.values()] if found else []:
+        assert tensor.isfinite().all()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
