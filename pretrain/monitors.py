@@ -59,7 +59,7 @@ def draw_reconstructions(model: Miram, batch: Batch, path: Path) -> None:
         low, high = torch.quantile(columns[0][1][row], torch.tensor([0.0, 0.999])).tolist()
         for axis, (name, images) in zip(axes[row], columns, strict=True):
             axis.set(xticks=[], yticks=[], facecolor="#c9d3de")
-            axis.imshow(images[row], cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+            axis.imshow(images[row].numpy(), cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
             axis.set_title(name if row == 0 else "", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

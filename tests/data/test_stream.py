@@ -160,9 +160,12 @@ def complaint(shards: ShardDataset, workers: int) -> str:
 
 @pytest.fixture
 def collected() -> Iterator[None]:
-    """Garbage is collected after the test and not within it."""
+    """Garbage is collected after the test and not within it; workers that are left are killed first."""
     gc.disable()
     yield
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
     gc.enable()
     gc.collect()
 

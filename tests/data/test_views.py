@@ -169,7 +169,7 @@ def test_a_crop_shows_the_part_of_the_image_that_its_box_names() -> None:
 
 def test_crops_of_a_small_breast_hold_the_tissue_asked_for() -> None:
     pixels = np.zeros((200, 160), np.uint8)
-    pixels[40:130, :60] = 9
+    pixels[40:160, :80] = 9
     asked = CropSection(area=(0.1, 0.4), tissue=0.5)
 
     def drawn(crop: CropSection) -> NDArray[np.float64]:
@@ -179,8 +179,8 @@ def test_crops_of_a_small_breast_hold_the_tissue_asked_for() -> None:
             shares.append((pixels[round(top) : round(top + h), round(left) : round(left + w)] > 0).mean())
         return np.array(shares)
 
-    assert (drawn(asked.model_copy(update={"tissue": 0.0})) < 0.4).mean() > 0.5
-    assert (drawn(asked) >= 0.4).mean() > 0.85
+    assert (drawn(asked.model_copy(update={"tissue": 0.0})) < 0.45).mean() > 0.4
+    assert (drawn(asked) >= 0.45).mean() > 0.97
 
 
 def test_where_there_is_no_tissue_a_crop_is_drawn_all_the_same() -> None:

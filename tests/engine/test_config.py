@@ -401,17 +401,25 @@ class Notes(Section):
 
 
 ODD = ["1e-4", "off", "null", "~", "0x1f", "0o17", "", " a", "a\n", "1\n", "- a", "a: b", "# a", "'", '"', "<<", ".inf"]
-TEXTS = st.one_of(st.sampled_from(ODD), st.text(max_size=30))
+TEXTS = st.one_of(
+    st.sampled_from(ODD), st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85"), max_size=30)
+)
 
 
 @given(text=TEXTS, texts=st.lists(TEXTS, max_size=3), number=st.floats(allow_nan=False), count=st.integers())
-@example(text="\x85\u2028\ufeff\x7f\0", texts=ODD, number=1e-7, count=-(2**70))
+@example(text="\r\u2028\ufeff\x7f\0", texts=ODD, number=1e-7, count=-(2**70))
 def test_any_value_reads_back_equal_and_of_its_type(text: str, texts: list[str], number: float, count: int) -> None:
     options = {text: [count, text, None, True, 1.0]}
     notes = Notes(text=text, texts=tuple(texts), number=number, count=count, options=options)
     again = check(Notes, parse_yaml(dump_yaml(notes), "test"), "test")
     assert again == notes
     assert [type(value) for value in again.options[text]] == [int, str, type(None), bool, float]
+
+
+@pytest.mark.xfail(strict=True, reason="PyYAML writes U+0085 raw between single quotes and folds it on reading")
+def test_next_line_character_reads_back() -> None:
+    inner = Inner(text="a\x85b")
+    assert check(Inner, parse_yaml(dump_yaml(inner), "test"), "test") == inner
 
 
 @pytest.mark.xfail(strict=True, reason="model_dump(mode='json') turns infinities of an untyped value into null")
