@@ -16,6 +16,16 @@ Image.MAX_IMAGE_PIXELS = 300_000_000  # the largest plate scanners stay below; b
 SUFFIXES = {".png", ".pgm", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"}
 
 
+DAMAGE = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombWarning,
+    Image.DecompressionBombError,
+)
+
+
 class UnreadableImage(Exception):
     """A file that cannot be decoded: recorded and skipped where others are good."""
 
@@ -30,16 +40,36 @@ def read_film(path: Path, spacing_mm: float | None = None) -> Film:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                pixels = to_gray(np.asarray(image if image.mode != "P" and image.mode != "1" else image.convert("L")))
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise UnreadableImage(one_line(str(error)).replace(str(path), path.name)) from error
+                pixels = decode(image)
+    except DAMAGE as error:
+        raise UnreadableImage(one_line(str(error).replace(str(path), path.name))) from error
     return Film(pixels=pixels, max_value=int(np.iinfo(pixels.dtype).max), spacing_mm=spacing_mm)
+
+
+def decode(image: Image.Image) -> Pixels:
+    """The pixels of an opened image, refusing what Pillow would alter on the way.
+
+    Raises:
+        ValueError: more than 8 bits in several channels, which Pillow cuts to 8; real colours.
+    """
+    bits = stored_bits(image)
+    pixels = to_gray(np.asarray(image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode))))
+    if bits > 8 and len(image.getbands()) > 1:
+        raise ValueError(f"it has {bits} bits in several channels; save it as grayscale")
+    white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0
+    return np.iinfo(np.uint16).max - pixels if white_is_zero and pixels.dtype == np.uint16 else pixels
+
+
+def stored_bits(image: Image.Image) -> int:
+    """Bits a channel in the file, as far as its header tells without decoding: PNG's IHDR, TIFF's tag 258."""
+    file = getattr(image, "fp", None)
+    if image.format == "PNG" and file is not None:
+        place = file.tell()
+        file.seek(24)
+        bits = file.read(1)[0]
+        file.seek(place)
+        return int(bits)
+    return max(getattr(image, "tag_v2", {}).get(258, (8,)))
 
 
 def to_gray(array: np.ndarray) -> Pixels:
@@ -76,7 +106,5 @@ def decode_png(content: bytes, source: str) -> Pixels:
     try:
         with Image.open(io.BytesIO(content), formats=["png"]) as image:
             return to_gray(np.asarray(image))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"{source} cannot be decoded ({one_line(str(error))}); run `miram data verify` on its folder"
-        ) from error
+    except DAMAGE as error:
+        raise UserError(f"{source} cannot be decoded; run `miram data verify` on its folder") from error

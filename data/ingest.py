@@ -67,16 +67,14 @@ class Moments:
 
     def add(self, other: Moments) -> None:
         """Take another image in."""
-        self.n, self.total, self.squares = (
-            self.n + other.n,
-            self.total + other.total,
-            self.squares + other.squares,
-        )
+        self.n += other.n
+        self.total += other.total
+        self.squares += other.squares
 
     def statistics(self) -> dict[str, float]:
-        """Mean and standard deviation."""
+        """Count, mean and standard deviation."""
         mean = self.total / self.n
-        return {"mean": mean, "std": max(self.squares / self.n - mean**2, 0.0) ** 0.5}
+        return {"n": self.n, "mean": mean, "std": max(self.squares / self.n - mean**2, 0.0) ** 0.5}
 
 
 _Prepared = tuple[Encoded, Moments] | str  # or the reason why not
@@ -90,7 +88,7 @@ def ingest(archive: Archive, out: Path, secret: bytes, workers: int | None = Non
     """
     if not archive.records:
         raise UserError(f"{archive.dataset}: there is no image to ingest")
-    settings = _settings(archive, secret)
+    out, settings = out.absolute(), _settings(archive, secret)
     if _same_data_set(out, settings):
         return Outcome(samples=read_manifest(out)["index"]["samples"], unchanged=True)
     partial_folder = out.with_name(f"{out.name}.partial")
@@ -106,7 +104,7 @@ def ingest(archive: Archive, out: Path, secret: bytes, workers: int | None = Non
 
 def _settings(archive: Archive, secret: bytes) -> dict[str, Any]:
     """What the manifest says of the ingest; `records` is a keyed digest, so that the ids stay secret."""
-    content = json.dumps([[r.image_id, r.patient_id, r.split, sorted(r.labels.items())] for r in archive.records])
+    content = json.dumps([_identity(record) for record in archive.records])
     return {
         "dataset": archive.dataset,
         "licence": archive.licence,
@@ -114,6 +112,10 @@ def _settings(archive: Archive, secret: bytes) -> dict[str, Any]:
         "preprocessing": {"breast": archive.breast, **archive.settings},
         "records": hashed(secret, archive.dataset, content),
     }
+
+
+def _identity(r: Record) -> list[Any]:
+    return [r.image_id, r.patient_id, r.exam_id, r.laterality, r.view, r.split, sorted(r.labels.items())]
 
 
 def _same_data_set(out: Path, settings: Mapping[str, Any]) -> bool:
@@ -126,6 +128,10 @@ def _same_data_set(out: Path, settings: Mapping[str, Any]) -> bool:
     there = read_manifest(out)
     if any(there.get(key) != value for key, value in settings.items()):
         raise UserError(f"{out} already holds another data set ({there.get('dataset')}); name another folder")
+    if there["skipped"]:
+        raise UserError(
+            f"{out} lacks {there['skipped']} images that could not be read when it was made; name another folder"
+        )
     return True
 
 

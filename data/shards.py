@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,11 @@ class Sample:
     meta: Mapping[str, Any]
     mask: NDArray[np.uint8] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory its arrays take."""
+        return self.pixels.nbytes + (0 if self.mask is None else self.mask.nbytes)
+
 
 # ---------------------------------------------------------------------------------------------- writing
 
@@ -82,10 +87,17 @@ def write_shards(
     import webdataset  # imported here: readers do without it
 
     rows: dict[str, Mapping[str, Any]] = {}
-    pattern = str(folder / "shard-%06d.tar")
-    with webdataset.ShardWriter(
-        pattern, maxsize=shard_bytes, verbose=0, encoder=False, mtime=0, user="", group=""
-    ) as writer:
+    files: dict[str, BinaryIO] = {}
+
+    def open_shard(name: str) -> BinaryIO:
+        files[name] = (folder / name).open("wb")  # opened here: webdataset would take a folder's name for a URL
+        return files[name]
+
+    def close_shard(name: str) -> None:
+        files.pop(name).close()
+
+    options = {"maxsize": shard_bytes, "verbose": 0, "encoder": False, "mtime": 0, "user": "", "group": ""}
+    with webdataset.ShardWriter("shard-%06d.tar", opener=open_shard, post=close_shard, **options) as writer:
         for sample in samples:
             assert KEY_PATTERN.fullmatch(sample.key), sample.key
             assert sample.key not in rows, f"key {sample.key} given twice"
@@ -161,7 +173,7 @@ def read_index(folder: Path) -> list[Row]:
     path = folder / "index.csv"
     if not path.exists():
         raise UserError(f"{path} is not there; ingest the data set again")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = {*FIXED, *DESCRIBED} - set(reader.fieldnames or ())
         if missing:
@@ -236,23 +248,23 @@ class ShardDataset:
         return content
 
     def _remember(self, i: int, sample: Sample) -> Sample:
-        if sample.pixels.nbytes > self._cache_limit:
+        if sample.nbytes > self._cache_limit:
             return sample
         self._cache[i] = sample
-        self._cache_bytes += sample.pixels.nbytes
+        self._cache_bytes += sample.nbytes
         while self._cache_bytes > self._cache_limit:
             _, oldest = self._cache.popitem(last=False)
-            self._cache_bytes -= oldest.pixels.nbytes
+            self._cache_bytes -= oldest.nbytes
         return sample
 
     @property
     def pixel_statistics(self) -> tuple[float, float]:
-        """(mean, standard deviation) of pixels as fractions of their largest value, data sets weighed by size."""
-        weights = [manifest["index"]["samples"] for manifest in self.manifests]
+        """(mean, standard deviation) of all pixels as fractions of their largest value."""
+        weights = [manifest["pixels"]["n"] for manifest in self.manifests]
         means = [manifest["pixels"]["mean"] for manifest in self.manifests]
         squares = [manifest["pixels"]["std"] ** 2 + manifest["pixels"]["mean"] ** 2 for manifest in self.manifests]
         mean = float(np.average(means, weights=weights))
-        return mean, float(np.sqrt(np.average(squares, weights=weights) - mean**2))
+        return mean, float(np.sqrt(max(np.average(squares, weights=weights) - mean**2, 0.0)))
 
     def labels(self, task: str) -> list[str]:
         """The label of every sample for a task, empty where it has none.

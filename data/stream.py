@@ -7,7 +7,7 @@ dropped. Where a run stands is one integer, the number of batches it has taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..engine.errors import UserError
 from ..engine.guard import ignore_stop_signals
@@ -24,6 +24,7 @@ from .shards import Sample, ShardDataset
 
 Place = tuple[int, int]  # sample number, epoch
 SHARDS_AT_ONCE = 8
+FAULT = "fault"  # stands in a batch for a sample that cannot be read
 
 View = Callable[[Sample, int], dict[str, Any]]
 
@@ -46,7 +47,10 @@ class ViewDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
         i, epoch = place
-        return self.view(self.shards[i], epoch)
+        try:
+            return self.view(self.shards[i], epoch)
+        except UserError as error:  # raised in a worker, torch would wrap it into its traceback and keep the workers
+            return {FAULT: str(error)}
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -60,12 +64,8 @@ class EpochStream:
     """
 
     def __init__(self, shards: ShardDataset, view: View, batch_size: int, seed: int, workers: int):
-        self.dataset, self.batch_size, self.seed, self.workers = (
-            ViewDataset(shards, view),
-            batch_size,
-            seed,
-            workers,
-        )
+        self.dataset = ViewDataset(shards, view)
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.shard_sizes = tuple(len(list(group)) for _, group in groupby(shards.paths))
         self.batches_per_epoch = len(shards) // batch_size
         if not self.batches_per_epoch:
@@ -80,32 +80,33 @@ class EpochStream:
         order = self._order(self.shard_sizes, self.seed, epoch)
         return [(int(i), epoch) for i in order[t * self.batch_size : (t + 1) * self.batch_size]]
 
-    def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Iterator[dict[str, Any]]:
+    def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Generator[dict[str, Any]]:
         """Micro-batches of this rank from global batch `start` on."""
         loader: DataLoader[dict[str, Any]] = DataLoader(
             self.dataset,
             batch_sampler=_Share(self, start, rank, world, micro_batch),
             num_workers=self.workers,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_stop_signals if self.workers else None,
         )
-        try:
-            yield from loader
-        except UserError as error:  # torch wraps a worker's error into its traceback; the sentence is its end
-            raise UserError(str(error).rpartition("UserError: ")[2]) from None
+        for batch in loader:
+            if FAULT in batch:
+                raise UserError(batch[FAULT])
+            yield batch
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Views stacked into a batch, or the first fault among them."""
+    faults = [item for item in items if FAULT in item]
+    return faults[0] if faults else default_collate(items)
 
 
 class _Share:
     """One rank's micro-batches: each global batch is cut into `world` equal runs, each run into micro-batches."""
 
     def __init__(self, stream: EpochStream, start: int, rank: int, world: int, micro_batch: int):
-        self.stream, self.start, self.rank, self.world, self.micro_batch = (
-            stream,
-            start,
-            rank,
-            world,
-            micro_batch,
-        )
+        self.stream, self.start, self.rank, self.world, self.micro_batch = (stream, start, rank, world, micro_batch)
 
     def __iter__(self) -> Iterator[list[Place]]:
         share = self.stream.batch_size // self.world

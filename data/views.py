@@ -67,7 +67,7 @@ class MultiScaleViews:
 
 
 def draw_box(rng: np.random.Generator, pixels: Pixels, size: Size, crop: CropSection) -> Box:
-    """A random crop, redrawn while it holds too little tissue; of all that do, the one with most."""
+    """A random crop, redrawn while it holds too little tissue; if all do, the one with most."""
     drawn = []
     for _ in range(TRIES):
         box = _random_box(rng, (pixels.shape[0], pixels.shape[1]), size, crop)

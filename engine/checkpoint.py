@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,11 @@ def verify(path: Path) -> str | None:
     if not (path / "manifest.json").exists():
         return "it was not finished (no manifest)"
     try:
-        digests = read_json(path / "manifest.json", MANIFEST)["sha256"]
+        digests = read_json(path / "manifest.json", MANIFEST).get("sha256")
     except UserError as error:
         return str(error)
+    if not isinstance(digests, dict):
+        return "its manifest is damaged"
     for name, digest in digests.items():
         if not (path / name).exists():
             return f"{name} is missing"
@@ -87,7 +90,9 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    places = Counter(tensor.data_ptr() for tensor in plain.values())
+    save_file({n: t.clone() if places[t.data_ptr()] > 1 else t for n, t in plain.items()}, path)  # tied weights
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -118,12 +123,14 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
         UserError: a moment belongs to no parameter of the model.
     """
     parameters = dict(model.named_parameters())
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     for key, value in tensors.items():
         moment, _, name = key.partition(".")
         if name not in parameters:
             raise UserError(
                 f"the checkpoint's optimizer holds {key!r}, which this model has not; was the model changed?"
             )
-        is_step = moment == "step"  # torch keeps the step count as a 0-D tensor
-        moved = value.reshape(()) if is_step else value.to(parameters[name].device)
-        optimizer.state[parameters[name]][moment] = moved.clone()
+        parameter = parameters[name]
+        counts = moment == "step"  # a 0-D tensor, which only a fused optimizer keeps on the device
+        moved = value.reshape(() if counts else parameter.shape)
+        optimizer.state[parameter][moment] = moved.to("cpu" if counts and not fused else parameter.device, copy=True)

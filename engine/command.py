@@ -11,10 +11,7 @@ from .errors import UserError
 
 
 def run_stage(
-    command: str,
-    schema: type[BaseModel],
-    stage: Callable[[str, Sequence[str]], object],
-    arguments: Sequence[str],
+    command: str, schema: type[BaseModel], stage: Callable[[str, Sequence[str]], object], arguments: Sequence[str]
 ) -> None:
     """Show the help, or run the stage.
 

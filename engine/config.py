@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -28,10 +28,7 @@ Key = tuple[str, ...]
 Schema = TypeVar("Schema", bound="Section")
 
 # Setting one of these on the command line takes the other out of the preset.
-ALTERNATIVES: dict[Key, Key] = {
-    ("train", "steps"): ("train", "epochs"),
-    ("train", "epochs"): ("train", "steps"),
-}
+ALTERNATIVES: dict[Key, Key] = {("train", "steps"): ("train", "epochs"), ("train", "epochs"): ("train", "steps")}
 
 
 class Section(BaseModel):
@@ -49,6 +46,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
@@ -92,14 +91,31 @@ def parse_yaml(text: str, source: str) -> Any:
         UserError: the text is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from error
+        tree = yaml.load(text, Loader=_Loader)
+        json.dumps(tree)  # refuses what YAML can hold and a configuration cannot: dates, sets, loops
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(one_line(f"{source} cannot be read as a configuration: {error}")) from error
+    return tree
 
 
 def dump_yaml(config: Section) -> str:
     """Every key of the configuration as YAML that reads back equal."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(_plain(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists; everything else a configuration holds is YAML already."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quoted with escapes where a character would not survive being read back."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_str)
 
 
 # ---------------------------------------------------------------------------------------------- presets and overrides
@@ -123,12 +139,14 @@ def read_tree(config: str) -> Tree:
     Raises:
         UserError: there is neither, or it holds no mapping.
     """
-    if config in presets():
-        text = (resources.files("miram") / "configs" / f"{config}.yaml").read_text()
-    elif Path(config).is_file():
-        text = Path(config).read_text()
-    else:
+    shipped = resources.files("miram") / "configs" / f"{config}.yaml"
+    file = shipped if config in presets() else Path(config)
+    if not file.is_file():
         raise UserError(f"no preset and no file is called {config!r}{did_you_mean(config, presets())}")
+    try:
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{config} is no UTF-8 text, so no configuration") from error
     tree = parse_yaml(text, config)
     if not isinstance(tree, dict):
         raise UserError(f"{config} must hold a mapping of sections, like those in the presets")
@@ -152,6 +170,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[Key, Any]:
             if text.startswith("--"):
                 raise UserError(f"--{name} has no value; write --{name}=value")
         overrides[tuple(name.split("."))] = parse_yaml(text, f"--{name}")
+    for key, other in ALTERNATIVES.items():
+        if key in overrides and other in overrides:
+            raise UserError(f"--{'.'.join(key)} and --{'.'.join(other)}: set exactly one of {key[-1]} and {other[-1]}")
     return overrides
 
 
@@ -163,7 +184,9 @@ def override(tree: Tree, key: Key, value: Any) -> None:
     """
     if key in ALTERNATIVES:
         *parents, last = ALTERNATIVES[key]
-        _descend(tree, tuple(parents), key).pop(last, None)
+        section = _descend(tree, tuple(parents), key)
+        if isinstance(section, dict):
+            section.pop(last, None)
     parent = _descend(tree, key[:-1], key)
     parent[_index(parent, key[-1], key)] = value
 
@@ -182,7 +205,7 @@ def _descend(tree: Any, path: Key, key: Key) -> Any:
 def _index(parent: Any, part: str, key: Key) -> Any:
     if isinstance(parent, dict):
         return part
-    if not part.isdigit() or int(part) >= len(parent):
+    if not part.isdecimal() or int(part) >= len(parent):
         raise UserError(f"--{'.'.join(key)}: {part!r} is not an item of a list of {len(parent)} (the first is 0)")
     return int(part)
 
@@ -213,12 +236,14 @@ def check(schema: type[Schema], tree: Tree, source: str, overrides: Mapping[Key,
 
 
 def _explain(schema: type[BaseModel], problem: Any, source: str, overrides: Mapping[Key, Any]) -> str:
-    location = tuple(str(part) for part in problem["loc"] if not _is_union_tag(part))
+    location = _key_path(schema, problem)
     path = ".".join(location)
-    given = any(key[: len(location)] == location for key in overrides)
-    origin = f"--{path}" if given else f"{source}: {path}" if path else source
+    origin = f"{source}: {path}" if path else source
+    for key in overrides:
+        if location and (key[: len(location)] == location or location[: len(key)] == key):
+            origin = f"--{path}"
     if problem["type"] == "extra_forbidden":
-        return f"{origin} is not a known key{_nearest(schema, location)}"
+        return one_line(f"{origin} is not a known key{_nearest(schema, location)}")
     if problem["type"] == "missing":
         return f"{origin} is missing; set it in the file or with --{path}=…"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
@@ -226,16 +251,25 @@ def _explain(schema: type[BaseModel], problem: Any, source: str, overrides: Mapp
     return one_line(f"{origin}: {message}{value}")
 
 
-def _is_union_tag(part: int | str) -> bool:
-    """Pydantic puts the tried type of a union (`str`, `list[str]`) into an error's location."""
-    return isinstance(part, str) and bool(re.fullmatch(r"str|int|float|bool|(list|tuple|dict)\[.*\]", part))
+def _key_path(schema: type[BaseModel], problem: Any) -> Key:
+    """The key an error is about. Pydantic's location also names the types of a union it tried: those are left out."""
+    path: list[str] = []
+    model: Any = schema
+    for part in problem["loc"]:
+        fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
+        if isinstance(part, int) or part in fields:
+            path.append(str(part))
+            model = _inner(fields[part].annotation) if part in fields else model
+        elif part == problem["loc"][-1] and problem["type"] == "extra_forbidden":
+            path.append(part)
+    return tuple(path)
 
 
 def _nearest(schema: type[BaseModel], location: Key) -> str:
     """`; did you mean 'train.batch_size'?` among the keys beside the unknown one."""
     model: Any = schema
     for part in location[:-1]:
-        model = _inner(model.model_fields[part].annotation) if not part.isdigit() else model
+        model = _inner(model.model_fields[part].annotation) if not part.isdecimal() else model
     parent = ".".join(location[:-1])
     known = list(model.model_fields)
     hint = did_you_mean(location[-1], known)
@@ -290,10 +324,18 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
 
 
 def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) in (Union, UnionType):
-        return " | ".join(_type_name(a) for a in get_args(annotation))
+    """A type as a user would write it down."""
+    origin, parts = get_origin(annotation), get_args(annotation)
     if annotation is type(None):
         return "null"
-    if get_origin(annotation) is not None and str(annotation).startswith("typing.Literal"):
-        return "|".join(map(str, get_args(annotation)))
-    return str(getattr(annotation, "__name__", annotation)) if get_origin(annotation) is None else str(annotation)
+    if annotation is Any:
+        return "any"
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, parts))
+    if origin is Literal:
+        return "|".join(map(str, parts))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(part) for part in parts if part is not Ellipsis)}]"
+    return str(annotation.__name__)

@@ -8,8 +8,8 @@ change nothing but rounding. Everything random is seeded by what it is for, so p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -73,7 +73,7 @@ class Stream(Protocol):
 
     batches_per_epoch: int
 
-    def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Iterator[Batch]:
+    def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Generator[Batch]:
         """Micro-batches of this rank from global batch `start` on, without end."""
         ...
 
@@ -93,18 +93,12 @@ class Trainer:
     """One training, from wherever its run folder has got to."""
 
     def __init__(
-        self,
-        run: Run,
-        objective: Objective,
-        stream: Stream,
-        section: TrainSection,
-        seed: int,
-        accelerator: Accelerator,
+        self, run: Run, objective: Objective, stream: Stream, section: TrainSection, seed: int, accelerator: Accelerator
     ):
         self.run, self.objective, self.stream, self.section, self.seed = run, objective, stream, section, seed
         self.accelerator = accelerator
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
-        self.steps = section.steps or math.ceil((section.epochs or 0) * stream.batches_per_epoch)
+        self.steps = section.steps or max(1, round((section.epochs or 0) * stream.batches_per_epoch))
         self.micro_batch, self.accumulation = split_batch(section, self.world)
         self.peak_lr = scaled_lr(section.blr, section.batch_size)
         self.step = 0
@@ -121,10 +115,11 @@ class Trainer:
             RunFailed: a loss became infinite or not a number.
         """
         self.resume()
-        micro_batches = self.stream.batches(self.step, self.rank, self.world, self.micro_batch)
-        with self.tracker() as tracker, self.metrics_file() as metrics, StopSignals() as signals:
+        batches = self.stream.batches(self.step, self.rank, self.world, self.micro_batch)
+        # Closed before anything else ends: the stream's workers ignore the signals that would end them later.
+        with closing(batches), self.tracker() as tracker, self.metrics_file() as metrics, StopSignals() as signals:
             while self.step < self.steps:
-                losses, grad_norm = self.learn([next(micro_batches) for _ in range(self.accumulation)])
+                losses, grad_norm = self.learn([next(batches) for _ in range(self.accumulation)])
                 self.step += 1
                 self.window.add(losses, grad_norm)
                 tracker.advance(self.step)
@@ -229,6 +224,8 @@ class Trainer:
         checkpoints.load_optimizer_tensors(self.objective, self.adamw, found.optimizer)
         self.step = found.state["step"]
         self.window.values.copy_(torch.tensor(found.state["window"]))
+        if len(found.rng["torch"]) == self.world:  # for what draws between steps; steps seed themselves
+            torch.set_rng_state(found.rng["torch"][self.rank])
         self.accelerator.print(f"miram: going on from step {self.step} of {self.steps}")
 
 

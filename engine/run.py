@@ -92,20 +92,24 @@ def open_run(config: Section, folder: str, stage: str) -> Run:
     saved = run.folder / "config.yaml"
     if saved.is_file():
         _same_config(config, saved)
-    elif run.folder.is_dir() and any(run.folder.iterdir()):
+    elif run.folder.is_dir() and any(not path.name.startswith(".") for path in run.folder.iterdir()):
         raise UserError(f"{folder} is not empty and is no run; choose another --out or empty it")
     elif run.folder.exists() and not run.folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out")
     else:
-        write_atomic(saved, dump_yaml(config))
+        _begin(saved, config)
     return run
 
 
+def _begin(saved: Path, config: Section) -> None:
+    try:
+        write_atomic(saved, dump_yaml(config))
+    except OSError as error:
+        raise UserError(f"{saved.parent} cannot be written ({error.strerror}); choose another --out") from error
+
+
 def _same_config(config: Section, saved: Path) -> None:
-    before, now = (
-        _flat(parse_yaml(saved.read_text(), str(saved))),
-        _flat(parse_yaml(dump_yaml(config), "config")),
-    )
+    before, now = (_flat(parse_yaml(saved.read_text(), str(saved))), _flat(parse_yaml(dump_yaml(config), "config")))
     differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE)
     if differing:
         changes = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in differing[:4])

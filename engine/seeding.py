@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 
 
 def stable_seed(*parts: int | str) -> int:
     """A 64-bit seed from any parts; equal on every machine and Python (unlike `hash`)."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())
 
 
 def generator(*parts: int | str) -> np.random.Generator:

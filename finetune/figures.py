@@ -48,12 +48,7 @@ def draw_confusion(axis: Axes, task: Task, judgement: Judgement) -> None:
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
         axis.text(
-            column,
-            row,
-            f"{counts[row, column]}",
-            ha="center",
-            va="center",
-            color="white" if share > 0.55 else "black",
+            column, row, f"{counts[row, column]}", ha="center", va="center", color="white" if share > 0.55 else "black"
         )
     ticks = range(len(task.classes))
     axis.set(xticks=ticks, yticks=ticks, xticklabels=task.classes, yticklabels=task.classes)
@@ -67,9 +62,5 @@ def draw_folds(axis: Axes, task: Task, probed: Sequence[tuple[str, list[float]]]
         axis.plot([i] * len(folds), folds, "o", color=colour, alpha=0.8, markersize=5)
         axis.hlines(np.mean(folds), i - 0.25, i + 0.25, color=colour, linewidth=2)
     axis.axhline(chance(task.metric, len(task.classes)), color="#d0d5da", linestyle=":")
-    axis.set(
-        xticks=range(len(probed)),
-        xticklabels=[name for name, _ in probed],
-        ylabel=f"{task.metric}, {task.name}",
-    )
+    axis.set(xticks=range(len(probed)), xticklabels=[name for name, _ in probed], ylabel=f"{task.metric}, {task.name}")
     axis.spines[["top", "right"]].set_visible(False)

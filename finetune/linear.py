@@ -102,12 +102,7 @@ def grouped_folds(truth: Ints, patients: NDArray[np.str_], folds: int, seed: int
 
 
 def judge(
-    features: NDArray[np.float32],
-    task: Task,
-    splits: Sequence[Fold],
-    c_grid: Sequence[float],
-    inner: int,
-    seed: int,
+    features: NDArray[np.float32], task: Task, splits: Sequence[Fold], c_grid: Sequence[float], inner: int, seed: int
 ) -> Judgement:
     """Fit on each fold's training patients, judge the others.
 

@@ -142,8 +142,7 @@ def differences(first: Probed, controls: list[Probed]) -> Iterator[dict[str, obj
     """The encoder against the mean of its controls, patient sample by patient sample."""
     if controls:
         gap = Estimate.of(
-            first.value - mean_of(controls).value,
-            first.samples - np.mean([c.samples for c in controls], axis=0),
+            first.value - mean_of(controls).value, first.samples - np.mean([c.samples for c in controls], axis=0)
         )
         name = f"pretrained - mean of {len(controls)} random"
         yield {"name": name, "value": gap.value, "interval": gap.interval}

@@ -31,10 +31,7 @@ def reconstructions(model: Miram, batch: Batch) -> list[tuple[int, Tensor, Tenso
     pictures = []
     for section, prediction in zip(model.scales, model.reconstruct(batch["view/1"], ids_keep), strict=True):
         target = batch[f"view/{section.scale}"]
-        patches, grid = (
-            patchify(target, model.p),
-            (model.grid[0] * section.scale, model.grid[1] * section.scale),
-        )
+        patches, grid = (patchify(target, model.p), (model.grid[0] * section.scale, model.grid[1] * section.scale))
         if model.norm_pix:
             mean, std = patch_moments(patches, model.variance_floor)
             prediction = prediction * std + mean

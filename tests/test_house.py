@@ -11,12 +11,17 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import miram
 import pytest
+
+import miram
 
 ROOT = Path(miram.__file__).parent
 FLOORS = {"engine": 0, "data": 1, "pretrain": 2, "finetune": 3, "demo": 4, "__main__": 5}
-SOURCES = [p for name in ("", "engine", "data", "pretrain", "finetune") for p in (ROOT / name).glob("*.py" if not name else "**/*.py")]
+SOURCES = [
+    p
+    for name in ("", "engine", "data", "pretrain", "finetune")
+    for p in (ROOT / name).glob("*.py" if not name else "**/*.py")
+]
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -49,7 +54,9 @@ def test_every_package_is_listed() -> None:
 
 
 def test_nothing_that_runs_code_from_a_file() -> None:
-    forbidden = re.compile(r"\bpickle\b|torch\.load\(|(?<!\.)\beval\(|(?<!\.)\bexec\(|extractall\(|shell=True|os\.system\(")
+    forbidden = re.compile(
+        r"\bpickle\b|torch\.load\(|(?<!\.)\beval\(|(?<!\.)\bexec\(|extractall\(|shell=True|os\.system\("
+    )
     for path in SOURCES:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("#")[0]

@@ -11,6 +11,8 @@ that is wrong.
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -22,6 +24,7 @@ from ..ingest import Archive
 from ..record import Label, Record
 
 KNOWN = ("file", "patient", "exam", "laterality", "view", "split", "spacing_mm")
+IDENTIFYING = re.compile(r"patient|name|birth|dob|mrn|accession|address|phone|(^|_)uid", re.IGNORECASE)
 Row = dict[str, str]
 
 
@@ -57,12 +60,24 @@ def read_table(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
-            rows = [{(k or "").strip(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+            rows = [{_column(k): (v or "").strip() for k, v in row.items() if k} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"the label file {path} cannot be read ({error})") from error
     if not rows or "file" not in rows[0]:
         raise UserError(f"the label file {path} needs a header with the column `file`, and rows below it")
+    telling = sorted(column for column in rows[0] if IDENTIFYING.search(column) and column not in KNOWN)
+    if telling:
+        raise UserError(
+            f"the label file {path} has columns that may name a patient ({', '.join(telling)}), and labels are stored "
+            "in the clear: call the patient's id `patient` (it is hashed) and drop the others"
+        )
     return rows
+
+
+def _column(name: str) -> str:
+    """A header as written, but for the known ones, whose case does not matter."""
+    name = name.strip()
+    return name.lower() if name.lower() in KNOWN else name
 
 
 def match_rows(src: Path, images: list[Path], rows: list[Row]) -> dict[Path, Row]:
@@ -73,6 +88,7 @@ def match_rows(src: Path, images: list[Path], rows: list[Row]) -> dict[Path, Row
     """
     names = Counter(name for path in images for name in _names(src, path))
     by_name = {name: path for path in images for name in _names(src, path) if names[name] == 1}
+    by_name |= {path.relative_to(src).as_posix(): path for path in images}
     table: dict[Path, Row] = {}
     for row in rows:
         path = by_name.get(row["file"])
@@ -88,8 +104,7 @@ def match_rows(src: Path, images: list[Path], rows: list[Row]) -> dict[Path, Row
 
 
 def _names(src: Path, path: Path) -> set[str]:
-    relative = path.relative_to(src)
-    return {relative.as_posix(), relative.with_suffix("").as_posix(), path.name, path.stem}
+    return {path.relative_to(src).with_suffix("").as_posix(), path.name, path.stem}
 
 
 def record(src: Path, path: Path, row: Row) -> Record:
@@ -117,7 +132,12 @@ def _labels(row: Row) -> dict[str, Label]:
 
 
 def _spacing(text: str, name: str) -> float | None:
+    if not text:
+        return None
     try:
-        return float(text) if text else None
-    except ValueError as error:
-        raise UserError(f"the label file gives {name} the spacing_mm {text!r}, which is no number") from error
+        spacing = float(text)
+    except ValueError:
+        spacing = 0.0
+    if not (math.isfinite(spacing) and spacing > 0):
+        raise UserError(f"the label file gives {name} the spacing_mm {text!r}; it must be a length in millimetres")
+    return spacing

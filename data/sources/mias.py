@@ -22,6 +22,7 @@ from ..record import Circle, Film, Record
 
 SIDE = 1024
 SPACING_MM = 0.2
+FILM = re.compile(r"mdb\d{3}\.pgm", re.IGNORECASE)
 LINE = re.compile(r"^(mdb(\d{3}))\s+([FGD])\s+([A-Z]{4})(?:\s+([BM]))?(?:\s+(\d+)\s+(\d+)\s+(\d+))?")
 LICENCE = "MIAS licence agreement: research only, not to be passed on"
 
@@ -44,12 +45,14 @@ def read(src: Path, labels: Path | None = None) -> Archive:
     """
     if labels is not None:
         raise UserError("the mias source reads its own table; leave out --labels, or use `ingest folder`")
-    films = {path.stem.lower(): path for path in sorted(src.rglob("*.pgm"))}
+    films = {p.stem.lower(): p for p in sorted(src.rglob("*")) if FILM.fullmatch(p.name)}
     if not films:
         raise UserError(f"{src} holds no mdbNNN.pgm; name the folder of the mini-MIAS films")
     table = read_table(src)
     records = [record(path, table[name]) for name, path in films.items() if name in table]
-    return Archive(dataset="mias", licence=LICENCE, records=records)
+    unknown = [path.name for name, path in films.items() if name not in table]
+    notes = (f"not in the table and left out: {', '.join(unknown)}",) if unknown else ()
+    return Archive(dataset="mias", licence=LICENCE, records=records, notes=notes)
 
 
 def read_table(src: Path) -> dict[str, list[Finding]]:

@@ -56,7 +56,8 @@ def build(tmp_path: Path) -> Build:
             (part / "shard-000000.tar").rename(folder / f"shard-{start // per_shard:06d}.tar")
             part.rmdir()
         fractions = np.concatenate([image.ravel() / np.iinfo(image.dtype).max for image in images])
-        facts = {"dataset": name, "pixels": {"mean": float(fractions.mean()), "std": float(fractions.std())}}
+        moments = {"n": fractions.size, "mean": float(fractions.mean()), "std": float(fractions.std())}
+        facts = {"dataset": name, "pixels": moments}
         seal(folder, rows, facts)
         return folder
 

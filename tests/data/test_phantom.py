@@ -90,12 +90,7 @@ def test_labels_have_the_rates_they_should_without_a_film_rendered() -> None:
 def test_a_patient_has_one_density_and_one_split_and_a_breast_one_set_of_lesions() -> None:
     for patient in range(20):
         four = records(20, SMALL)[4 * patient : 4 * patient + 4]
-        assert [(r.laterality, r.view) for r in four] == [
-            ("L", "CC"),
-            ("L", "MLO"),
-            ("R", "CC"),
-            ("R", "MLO"),
-        ]
+        assert [(r.laterality, r.view) for r in four] == [("L", "CC"), ("L", "MLO"), ("R", "CC"), ("R", "MLO")]
         assert len({(r.patient_id, r.split, r.labels["density"]) for r in four}) == 1
         assert four[0].labels == four[1].labels
         assert four[2].labels == four[3].labels

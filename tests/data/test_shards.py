@@ -123,7 +123,6 @@ def test_equal_input_gives_equal_bytes(phantoms: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["100% mine", "a:b", "pipe:true"])
-@pytest.mark.xfail(strict=True, reason="shards.py:85 gives the folder to webdataset as a % pattern and as a URL")
 def test_a_folder_may_have_any_name(name: str, build: Build, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ShardDataset(build(images[:2]))
     monkeypatch.chdir(source.paths[0].parent)
@@ -205,7 +204,6 @@ def test_a_cache_keeps_what_was_used_last_and_stays_below_its_limit(build: Build
     assert kept == [0, 1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="shards.py:239-245 count pixels only: masks make the cache half as large again")
 def test_a_cache_counts_masks_too(tmp_path: Path) -> None:
     make_phantoms(tmp_path / "set", 3, PhantomSettings(size=512), workers=1)
     shards = ShardDataset(tmp_path / "set", cache_mb=1)
@@ -245,7 +243,6 @@ def test_statistics_of_two_sets_of_equal_films_are_those_of_every_pixel(build: B
     assert ShardDataset([dark, light]).pixel_statistics == pytest.approx((x.mean(), x.std()), rel=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="shards.py:251 weighs by samples; large films count no more than small ones")
 def test_statistics_of_sets_of_other_film_sizes_are_those_of_every_pixel(build: Build) -> None:
     dark = build([np.full((16, 16), 50, np.uint8)] * 3, name="dark")
     light = build([np.full((64, 64), 200, np.uint8)] * 3, name="light")
@@ -253,7 +250,6 @@ def test_statistics_of_sets_of_other_film_sizes_are_those_of_every_pixel(build: 
     assert ShardDataset([dark, light]).pixel_statistics == pytest.approx((x.mean(), x.std()), rel=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="shards.py:255 takes the root of a rounding error below zero")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_statistics_of_flat_images_are_numbers(build: Build) -> None:
     found = [

@@ -149,7 +149,6 @@ def test_a_mias_film_of_another_size_is_unreadable(tmp_path: Path) -> None:
         record.read()
 
 
-@pytest.mark.xfail(strict=True, reason="mias.py:47: rglob is case-sensitive, though stems are made lower case")
 def test_mias_film_names_may_be_upper_case(tmp_path: Path) -> None:
     (tmp_path / "MDB001.PGM").write_bytes(b"P5 1 1 255\n\0")
     (tmp_path / "INFO.TXT").write_text(TABLE)
@@ -225,20 +224,17 @@ def test_a_table_that_does_not_fit_is_refused(images: Path, text: str, complaint
 
 
 @pytest.mark.parametrize("spacing", ["nan", "inf", "0", "-0.1"])
-@pytest.mark.xfail(strict=True, reason="folder.py:121 takes any float for a spacing")
 def test_a_spacing_that_is_no_length_is_refused(images: Path, spacing: str) -> None:
     with pytest.raises(UserError, match="spacing"):
         table(images, f"file,spacing_mm\nb,{spacing}\n")
 
 
-@pytest.mark.xfail(strict=True, reason="folder.py:74: a full path counts as ambiguous if it is also another's name")
 def test_a_full_path_wins_over_a_name_deeper_down(images: Path) -> None:
     Image.fromarray(np.full((8, 8), 9, np.uint8)).save(images / "b.png")
     assert table(images, "file\nb.png\none/b.png\n").records[0].name == "b.png"
 
 
 @pytest.mark.parametrize("header", ["Patient", "PATIENT"])
-@pytest.mark.xfail(strict=True, reason="folder.py:116: a header in other letters is a label and written in the clear")
 def test_a_header_in_capitals_gives_no_patient_away(images: Path, header: str) -> None:
     records = table(images, f"file,{header}\nb,Jane Doe\n").records
     assert all("Jane Doe" not in record.labels.values() for record in records)

@@ -178,16 +178,10 @@ def test_a_damaged_shard_is_one_sentence(damaged: ShardDataset, workers: int, co
     assert "\n" not in said.strip()
 
 
-@pytest.mark.xfail(strict=True, reason="stream.py:95 keeps the line end of torch's traceback")
 def test_a_worker_says_what_the_main_process_would_say(damaged: ShardDataset, collected: None) -> None:
     assert complaint(damaged, 2) == complaint(damaged, 0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="stream.py:94: torch's error holds the loader in a reference cycle, and its workers ignore the SIGTERM that "
-    "multiprocessing sends at exit before it joins them: the process never ends",
-)
 def test_after_an_error_no_worker_is_left(damaged: ShardDataset, collected: None) -> None:
     assert complaint(damaged, 2)
     assert not multiprocessing.active_children()

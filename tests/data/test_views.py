@@ -13,15 +13,7 @@ from numpy.typing import NDArray
 
 from miram.data.config import CropSection
 from miram.data.shards import Sample
-from miram.data.views import (
-    MultiScaleViews,
-    Normalisation,
-    area_down,
-    draw_box,
-    resize,
-    tissue_fraction,
-    windows,
-)
+from miram.data.views import MultiScaleViews, Normalisation, area_down, draw_box, resize, tissue_fraction, windows
 
 RAW = Normalisation(0, 1)
 WHOLE = CropSection(area=(1, 1), aspect=(1, 1), flip=False, tissue=0)

@@ -40,10 +40,6 @@ class Outer(Section):
     options: dict[str, Any] = {}
 
 
-def bug(*values: object, reason: str, raises: type[BaseException] = AssertionError) -> Any:
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, raises=raises, reason=reason))
-
-
 def fault(schema: type[Section], config: str, *arguments: str) -> str:
     with pytest.raises(UserError) as raised:
         load(schema, config, arguments)
@@ -70,9 +66,9 @@ def written(tmp_path: Path) -> Any:
         ("--model.scales.1.dept=4", "--model.scales.1.dept is not a known key; did you mean 'model.scales.1.depth'?"),
         ("--sed=1", "--sed is not a known key; did you mean 'seed'?"),
         ("--data.qqq=1", "--data.qqq is not a known key; known: cache_mb, shards, split, task, workers"),
-        bug("--train.int=3", "--train.int is not a known key", reason="a key called like a type is dropped"),
-        bug("--model.scales.1={scale: 2, dept: 4}", "--model.scales.1.dept is not", reason="the file gets the blame"),
-        bug("--model={encodr: x}", "--model.encodr is not", reason="the file gets the blame"),
+        ("--train.int=3", "--train.int is not a known key"),
+        ("--model.scales.1={scale: 2, dept: 4}", "--model.scales.1.dept is not"),
+        ("--model={encodr: x}", "--model.encodr is not"),
     ],
 )
 def test_unknown_key_of_an_override_is_named_in_full_with_the_nearest(argument: str, said: str) -> None:
@@ -120,8 +116,8 @@ def test_options_are_checked_by_the_attention_that_takes_them() -> None:
         ("--model.scales.0.width=130", "--model.scales.0: width 130 must be a multiple of heads (4) and of 4"),
         ("--model.scales.1.scale=1", "--model.scales: one decoder a scale"),
         ("--seed.x=3", "--seed: should be a valid integer"),
-        bug("--model.image_size=big", "--model.image_size: should be", reason="`constrained-int` is taken for a key"),
-        bug("--model.image_size=[448, 2.5]", "--model.image_size", reason="`constrained-int`, and the file is blamed"),
+        ("--model.image_size=big", "--model.image_size: should be"),
+        ("--model.image_size=[448, 2.5]", "--model.image_size"),
     ],
 )
 def test_wrong_value_is_one_line_that_names_key_and_value(argument: str, said: str) -> None:
@@ -165,7 +161,7 @@ class Pair(Section):
     ("text", "arguments", "said"),
     [
         ("low: 10", (), "{path}: low must not exceed high"),
-        bug("low: 1", ("--high=0",), "{path}: low must not exceed high", reason="a fault of the whole is put to `--:`"),
+        ("low: 1", ("--high=0",), "{path}: low must not exceed high"),
     ],
 )
 def test_fault_of_the_whole_is_put_to_the_file(written: Any, text: str, arguments: tuple[str, ...], said: str) -> None:
@@ -231,9 +227,6 @@ def test_repeated_key_is_refused(written: Any, text: str) -> None:
     assert "is given twice" in message
 
 
-UNCAUGHT = "not turned into a UserError"
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -245,14 +238,14 @@ UNCAUGHT = "not turned into a UserError"
         "- 1",
         "text",
         "",
-        bug("? [1, 2]\n: 3", reason=UNCAUGHT, raises=TypeError),
-        bug("options: {a: !!timestamp 2020-01-01}", reason=UNCAUGHT, raises=TypeError),
-        bug("options: {a: !!binary aGk=}", reason=UNCAUGHT, raises=TypeError),
-        bug("options: {a: !!set {x}}", reason=UNCAUGHT, raises=TypeError),
-        bug("options: &a {b: *a}", reason=UNCAUGHT, raises=ValueError),
-        bug("options: " + "[" * 3000, reason=UNCAUGHT, raises=RecursionError),
-        bug("inner: {number: " + "1" * 5000 + "}", reason=UNCAUGHT, raises=ValueError),
-        bug(b"inner: {text: caf\xe9}", reason=UNCAUGHT, raises=UnicodeDecodeError),
+        "? [1, 2]\n: 3",
+        "options: {a: !!timestamp 2020-01-01}",
+        "options: {a: !!binary aGk=}",
+        "options: {a: !!set {x}}",
+        "options: &a {b: *a}",
+        "options: " + "[" * 3000,
+        "inner: {number: " + "1" * 5000 + "}",
+        b"inner: {text: caf\xe9}",
     ],
     ids=lambda text: str(text[:20]),
 )
@@ -307,7 +300,7 @@ def test_overrides_are_read_with_and_without_the_equals_sign(
         (["--a", "--b=1"], "--a has no value"),
         (["a=1"], "unexpected argument 'a=1'"),
         (["--a=1", "2"], "unexpected argument '2'"),
-        (["--a=["], "--a is not valid YAML"),
+        (["--a=["], "--a cannot be read"),
     ],
 )
 def test_argument_of_another_form_is_refused(arguments: list[str], said: str) -> None:
@@ -324,7 +317,7 @@ def test_argument_of_another_form_is_refused(arguments: list[str], said: str) ->
         ("--items.-1.number=1", "--items.-1.number: '-1' is not an item of a list of 2"),
         ("--inner.text.more=1", "--inner.text.more: text is a single value"),
         ("--items.0.number.x=1", "--items.0.number.x: number is a single value"),
-        bug("--items.².number=1", "--items.².number", reason="isdigit() is true of ², int() fails", raises=ValueError),
+        ("--items.².number=1", "--items.².number"),
     ],
 )
 def test_override_that_leads_nowhere_is_refused(written: Any, argument: str, said: str) -> None:
@@ -364,7 +357,7 @@ def test_length_on_the_command_line_replaces_the_files(
         ("steps: 5, epochs: 5", ()),
         ("batch_size: 8", ()),
         ("steps: 5", ("--train.steps=null",)),
-        bug("steps: 5", ("--train.steps=2", "--train.epochs=3"), reason="the last one silently wins"),
+        ("steps: 5", ("--train.steps=2", "--train.epochs=3")),
     ],
 )
 def test_both_lengths_or_neither_are_refused(written: Any, text: str, arguments: tuple[str, ...]) -> None:
@@ -377,7 +370,6 @@ def test_both_lengths_or_neither_are_refused(written: Any, text: str, arguments:
     assert "exactly one of steps and epochs" in message
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="override() pops a key from whatever `train` holds")
 def test_length_override_of_a_list_is_a_user_error(written: Any) -> None:
     assert "train" in fault(PretrainConfig, written("data: {shards: x}\ntrain: []"), "--train.steps=2")
 
@@ -416,13 +408,11 @@ def test_any_value_reads_back_equal_and_of_its_type(text: str, texts: list[str],
     assert [type(value) for value in again.options[text]] == [int, str, type(None), bool, float]
 
 
-@pytest.mark.xfail(strict=True, reason="PyYAML writes U+0085 raw between single quotes and folds it on reading")
 def test_next_line_character_reads_back() -> None:
     inner = Inner(text="a\x85b")
     assert check(Inner, parse_yaml(dump_yaml(inner), "test"), "test") == inner
 
 
-@pytest.mark.xfail(strict=True, reason="model_dump(mode='json') turns infinities of an untyped value into null")
 def test_infinite_option_reads_back() -> None:
     outer = Outer(options={"limit": math.inf})
     assert check(Outer, parse_yaml(dump_yaml(outer), "test"), "test") == outer
@@ -454,7 +444,6 @@ def test_help_tells_type_default_and_meaning() -> None:
     assert {key: default for key, _, default, _ in keys(PretrainConfig)}["data.shards"] == "required"
 
 
-@pytest.mark.xfail(strict=True, reason="_type_name does not unwrap Annotated and prints typing's internals")
 def test_help_has_no_python_internals() -> None:
     kinds = [kind for schema in STAGES.values() for _, kind, _, _ in keys(schema)]
     assert not [kind for kind in kinds if "typing." in kind or "Annotated" in kind]

@@ -281,12 +281,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_encoder_card_is_shown(tmp_path: Path) -> None:
-    card = {
-        "schema": "miram.encoder/1",
-        "image_size": [448, 224],
-        "parameters": 21_493_632,
-        "made": {"by": "run"},
-    }
+    card = {"schema": "miram.encoder/1", "image_size": [448, 224], "parameters": 21_493_632, "made": {"by": "run"}}
     page = Page(write_report([make_run(tmp_path / "run", encoder=card)], tmp_path / "report.html"))
     assert "image size 448, 224 parameters 21,493,632 made by run" in page.text
 
@@ -314,12 +309,7 @@ def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
 
 def test_page_is_self_contained_and_names_no_path_of_the_machine(tmp_path: Path) -> None:
     folder = tmp_path / "Jane Doe"
-    state = {
-        "schema": "miram.state/1",
-        "stage": "x",
-        "status": "failed",
-        "reason": "no file:///srv/films/a.dcm",
-    }
+    state = {"schema": "miram.state/1", "stage": "x", "status": "failed", "reason": "no file:///srv/films/a.dcm"}
     metrics = log(20)
     run = make_run(folder / "run", state=state, metrics=metrics, encoder={"from": [f"{folder}/run", "and/or"]})
     (run / "config.yaml").write_text(f"out: {folder}/run\nshards: [/srv/films, 's3://bucket/key', runs/demo]\n")

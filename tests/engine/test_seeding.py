@@ -15,11 +15,11 @@ Parts = tuple[int | str, ...]
 @pytest.mark.parametrize(
     ("parts", "seed"),
     [
-        ((), 16476032584258269876),
-        ((0,), 13422977840323848547),
-        ((0, "weights"), 2793038646839722764),
-        ((7, "step", 12, 3), 17565610744093455979),
-        ((-1, "é"), 5947488322159146231),
+        ((), 8180073448483349959),
+        ((0,), 12394014135065446812),
+        ((0, "weights"), 7186080950366043863),
+        ((7, "step", 12, 3), 1151226124553361022),
+        ((-1, "é"), 5884007471372090304),
     ],
 )
 def test_seed_is_what_it_always_was(parts: Parts, seed: int) -> None:
@@ -28,7 +28,7 @@ def test_seed_is_what_it_always_was(parts: Parts, seed: int) -> None:
 
 def test_draws_are_what_they_always_were() -> None:
     draws = generator(0, 1, "mask", "key").integers(1000, size=5)
-    assert draws.tolist() == [50, 800, 740, 988, 72]
+    assert draws.tolist() == [368, 16, 982, 911, 690]
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,8 @@ def test_draws_are_what_they_always_were() -> None:
         (("a", "b"), ("ab",)),
         (("a", ""), ("a",)),
         (("a",), ("A",)),
-        pytest.param(
-            ("a", "b"),
-            ("a\x1fstr:b",),
-            marks=pytest.mark.xfail(strict=True, reason="the separator is not escaped inside a part"),
-        ),
+        (("a", "b"), ("a\x1fstr:b",)),
+        (("a", "b"), ('a", "b',)),
     ],
 )
 def test_different_parts_have_different_seeds(one: Parts, other: Parts) -> None:

@@ -119,7 +119,7 @@ def test_decoder_predicts_one_patch_a_fine_token() -> None:
     assert decoder(torch.randn(2, 7, 24)).shape == (2, 54, 256)
 
 
-# ---------------------------------------------------------------------------------------------- encoder on visible patches
+# ---------------------------------------------------------------------------------------------- visible patches
 
 
 def test_encoding_all_patches_is_the_vit_itself() -> None:
