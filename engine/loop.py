@@ -103,7 +103,7 @@ class Trainer:
         self.peak_lr = scaled_lr(section.blr, section.batch_size)
         self.step = 0
         self.window = Window(len(objective.loss_names), accelerator.device)
-        self.adamw = adamw(objective, section, fused=accelerator.device.type == "cuda")
+        self.adamw = adamw(objective, section)
         compiled = torch.compile(objective) if section.compile else objective
         self.model, self.optimizer = accelerator.prepare(compiled, self.adamw)
 
@@ -266,14 +266,14 @@ def split_batch(section: TrainSection, world: int) -> tuple[int, int]:
     return micro_batch, section.batch_size // (world * micro_batch)
 
 
-def adamw(objective: Objective, section: TrainSection, fused: bool) -> torch.optim.AdamW:
+def adamw(objective: Objective, section: TrainSection) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves vectors and biases alone (timm's and MAE's grouping)."""
     trainable = [p for p in objective.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": section.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=section.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=section.betas, fused=True)
 
 
 def group_lr(optimizer: torch.optim.Optimizer) -> float:

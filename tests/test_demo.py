@@ -29,11 +29,9 @@ def test_pretraining_beats_random_weights_on_patients_never_seen(
     seed: int, other_phantoms: Path, tmp_path: Path
 ) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
-    encoder = pretrain(
-        "pretrain/demo", [f"--data.shards={other_phantoms}", f"--seed={seed}", f"--out={tmp_path / 'p'}"]
-    )
-    shards = [f"--data.shards={other_phantoms}", f"--probe.encoder={encoder.folder}"]
-    run = probe("probe/demo", [*shards, f"--seed={seed}", f"--out={tmp_path / 'q'}"])
+    same = [f"--data.shards={other_phantoms}", f"--seed={seed}"]
+    pretrain("pretrain/demo", [*same, f"--out={tmp_path / 'p'}"])
+    run = probe("probe/demo", [*same, f"--probe.encoder={tmp_path / 'p'}", f"--out={tmp_path / 'q'}"])
     result = json.loads((run.folder / "result.json").read_text())
     print(json.dumps(result["rows"]), json.dumps(result["differences"]))
     assert result["differences"][0]["interval"][0] > 0

@@ -177,7 +177,7 @@ def test_a_finished_probe_is_left_alone(probed: Path, phantoms: Path, encoder: P
 
 
 def test_an_encoder_that_is_not_there_is_named(phantoms: Path, tmp_path: Path) -> None:
+    settings = [f"--data.shards={phantoms}", "--data.task=mass", "--probe.folds=2", "--probe.encoder=nowhere"]
     with pytest.raises(UserError, match="nowhere"):
-        settings = [f"--data.shards={phantoms}", "--data.task=mass", "--probe.folds=2", "--probe.encoder=nowhere"]
         probe("probe/demo", [*settings, f"--out={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
