@@ -125,7 +125,7 @@ class Trainer:
                 tracker.advance(self.step)
                 if self.due(self.section.log_every):
                     self.log(tracker, metrics)
-                stopping = signals.agreed(self.accelerator)
+                stopping = signals.agreed(self.accelerator) and self.step < self.steps
                 if stopping or self.due(self.section.checkpoint_every):
                     self.save()
                 if stopping:
@@ -150,8 +150,7 @@ class Trainer:
         losses = torch.zeros_like(counts)
         for i, batch in enumerate(batches):
             with self.accelerator.no_sync(self.model) if i + 1 < len(batches) else nullcontext():
-                with self.accelerator.autocast():
-                    shares = self.model(batch) / counts
+                shares = self.model(batch) / counts  # autocast: `prepare` wrapped the model in it
                 # DDP averages gradients over ranks; the losses are already shares of the global sum.
                 self.accelerator.backward((shares * weights).sum() * self.world)
                 losses += shares.detach()

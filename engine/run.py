@@ -12,6 +12,7 @@ RUN/report.html
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,10 +57,24 @@ class Run:
 
     @contextmanager
     def recorded(self, writes: bool = True) -> Iterator[None]:
-        """Keep state.json true: running inside, then finished, preempted or failed. Only the rank that writes does."""
+        """Keep state.json true: running inside, then finished, preempted or failed. Only the rank that writes does.
+
+        Raises:
+            UserError: another process is at work in the folder.
+        """
         if not writes:
             yield
             return
+        with (self.folder / ".lock").open("w") as lock:  # the system lets go of it however the process ends
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is at work in {self.folder}; wait for it or choose another --out"
+                ) from error
+            yield from self._record()
+
+    def _record(self) -> Iterator[None]:
         self.mark("running")
         try:
             yield

@@ -188,3 +188,13 @@ def test_results_and_captions_carry_their_schema(tmp_path: Path) -> None:
     assert figures == tmp_path / "figures"
     captions = json.loads((figures / "captions.json").read_text())
     assert captions == {"schema": "miram.captions/1", "a.png": "A breast."}
+
+
+def test_two_processes_never_write_the_same_run(tmp_path: Path) -> None:
+    """The lock belongs to one opening of the file: another opening stands for another process."""
+    run = open_run(settings(), str(tmp_path / "run"), "stage")
+    with run.recorded(), pytest.raises(UserError, match="another process"), run.recorded():
+        raise AssertionError("two at once")
+    with run.recorded():
+        pass
+    assert run.finished
