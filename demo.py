@@ -18,7 +18,7 @@ from .finetune.probe import probe
 from .pretrain.config import PretrainConfig
 from .pretrain.stage import pretrain
 
-PATIENTS, SIZE = 240, 320  # half of the patients to pretrain on, half to probe
+PATIENTS, SIZE = 200, 320  # half of the patients to pretrain on, half to probe
 
 
 def run_demo(data: Path | None, task: str | None, out: Path) -> None:

@@ -56,7 +56,7 @@ def test_config_prints_what_a_run_would_use(say: Say) -> None:
     assert code == 0
     assert tree["train"]["steps"] == 7
     assert [scale["depth"] for scale in tree["model"]["scales"]] == [1, 3]
-    assert tree["model"]["mask_ratio"] == 0.75
+    assert tree["model"]["norm_pix"] is True
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,11 @@ def test_one_line_has_single_blanks(text: str) -> None:
 )
 def test_nearest_name_is_suggested_else_all_are_listed(word: str, said: str) -> None:
     assert did_you_mean(word, ["steps", "epochs", "batch_size"]) == said
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert exit_code(lambda: (tmp_path / "file" / "below").mkdir()) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file" / "below") in said
+    assert len(said.splitlines()) == 1
