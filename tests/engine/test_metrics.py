@@ -149,3 +149,11 @@ def test_scores_are_one_per_sample() -> None:
     truth, probabilities = np.array([0, 1, 0, 1]), binary([0.1, 0.2, 0.3, 0.4])
     weights = np.array([[1.0, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1], [0, 2, 1, 1]])
     assert bootstrap_scores("AUC", truth, probabilities, weights) == pytest.approx([1, 0, 3 / 4, 1 / 3])
+
+
+def test_bootstrap_scores_are_scikit_learn_s_on_every_sample() -> None:
+    rng = np.random.default_rng(5)
+    truth, probabilities = rng.integers(0, 3, 60), rng.random((60, 3))
+    weights = patient_bootstrap(truth, rng.integers(0, 20, 60).astype(str), 30, seed=1)
+    expected = [score("balanced accuracy", truth, probabilities, w) for w in weights]
+    np.testing.assert_allclose(bootstrap_scores("balanced accuracy", truth, probabilities, weights), expected)
