@@ -34,9 +34,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
     return run
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("data",), ("pretrain",), ("probe",), ("report",), ("demo",), ("data", "ingest")]
-)
+@pytest.mark.parametrize("command", ["", "data", "data ingest", "pretrain", "probe", "report", "demo"])
 def test_help_ends_well_and_says_something(command: str, say: Say) -> None:
     code, out, _ = say(*command.split(), "--help")
     assert code == 0
