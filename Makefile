@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DATA   ?=
-OUT    ?= runs/demo
+OUT    ?=
+TASK   ?=
 STAMP  := $(VENV)/.installed
 
 .PHONY: demo test test-slow lint format types clean install
@@ -22,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/miram demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(TASK),--task $(TASK))
+	$(BIN)/miram demo $(if $(OUT),--out $(OUT)) $(if $(DATA),--data $(DATA)) $(if $(TASK),--task $(TASK))
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"

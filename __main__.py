@@ -92,12 +92,12 @@ def demo(
         Path | None, typer.Option(help="A data set of your own; default: phantoms made on the spot.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Label to probe; default: the first that fits.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("runs/demo"),
+    out: Annotated[Path | None, typer.Option(help="Folder for all of it; default: runs/demo[-DATA][-TASK].")] = None,
 ) -> None:
     """Phantoms, shards, pretraining, probe, report: the whole path in minutes."""
-    from .demo import run_demo
+    from .demo import default_out, run_demo
 
-    run_demo(data, task, out)
+    run_demo(data, task, out or default_out(data, task))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def phantom(
     out: Out,
     patients: Annotated[int, typer.Option(min=1, help="Patients, four images each.")] = 100,
     size: Annotated[int, typer.Option(min=64, help="Height of a film in pixels.")] = 512,
-    seed: Annotated[int, typer.Option(help="Another seed, other patients.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other patients.")] = 0,
     contrast: Annotated[float, typer.Option(min=0, help="Of the lesions; lower is harder.")] = 1.0,
     workers: Workers = None,
 ) -> None:
@@ -52,6 +52,7 @@ def ingest_command(
     src: Annotated[Path, typer.Argument(help="Folder that holds the archive's files.")],
     out: Out,
     labels: Annotated[Path | None, typer.Option(help="CSV with a column `file` and what is known of each.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the data set; keeps two archives' equal names apart.")] = None,
     breast: Annotated[bool | None, typer.Option(help="Isolate the breast; default: as the source says.")] = None,
     key: Annotated[Path | None, typer.Option(help="File with the secret that hides ids; default: your own.")] = None,
     workers: Workers = None,
@@ -62,8 +63,7 @@ def ingest_command(
     from .sources import read_archive
 
     archive = read_archive(source, src, labels)
-    if breast is not None:
-        archive = replace(archive, breast=breast)
+    archive = replace(archive, dataset=name or archive.dataset, breast=archive.breast if breast is None else breast)
     report(out, ingest(archive, out, read_secret(key), workers), archive)
 
 
@@ -92,7 +92,7 @@ def show(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("contact-sheet.png"),
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images on the sheet.")] = 24,
-    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other images.")] = 0,
 ) -> None:
     """Draw a contact sheet with findings marked."""
     from .gallery import contact_sheet

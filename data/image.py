@@ -26,6 +26,12 @@ DAMAGE = (
 )
 
 
+def stamp(path: Path) -> str:
+    """Size and time of a file: enough to notice that it was replaced."""
+    found = path.stat()
+    return f"{found.st_size} {int(found.st_mtime)}"
+
+
 class UnreadableImage(Exception):
     """A file that cannot be decoded: recorded and skipped where others are good."""
 
@@ -83,6 +89,7 @@ def to_gray(array: np.ndarray) -> Pixels:
         if (colour != colour[..., :1]).any():
             raise ValueError("it is a colour image; miram reads grayscale")
         array = colour[..., 0]
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # TIFF may be big-endian
     if array.dtype == np.int32 and array.min() >= 0 and array.max() <= 65535:
         array = array.astype(np.uint16)  # Pillow's mode I holds 16-bit PGM and TIFF
     if array.dtype not in (np.uint8, np.uint16):

@@ -91,7 +91,7 @@ def ingest(archive: Archive, out: Path, secret: bytes, workers: int | None = Non
     out, settings = out.absolute(), _settings(archive, secret)
     if _same_data_set(out, settings):
         return Outcome(samples=read_manifest(out)["index"]["samples"], unchanged=True)
-    partial_folder = out.with_name(f"{out.name}.partial")
+    partial_folder = out.with_name(f".{out.name}.miram-partial")  # one of ours, so what a killed ingest left may go
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     try:
@@ -115,7 +115,8 @@ def _settings(archive: Archive, secret: bytes) -> dict[str, Any]:
 
 
 def _identity(r: Record) -> list[Any]:
-    return [r.image_id, r.patient_id, r.exam_id, r.laterality, r.view, r.split, sorted(r.labels.items())]
+    labels = sorted(r.labels.items())
+    return [r.image_id, r.patient_id, r.exam_id, r.laterality, r.view, r.split, r.spacing_mm, r.stamp, labels]
 
 
 def _same_data_set(out: Path, settings: Mapping[str, Any]) -> bool:
@@ -200,7 +201,7 @@ def describe(record: Record, film: Film, dataset: str, secret: bytes) -> dict[st
     return {
         "dataset": dataset,
         "patient": hashed(secret, dataset, "patient", record.patient_id),
-        "exam": hashed(secret, dataset, "exam", record.exam_id) if record.exam_id else "",
+        "exam": hashed(secret, dataset, "exam", record.patient_id, record.exam_id) if record.exam_id else "",
         "laterality": record.laterality,
         "view": record.view,
         "split": record.split,

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from ..engine.errors import UserError
@@ -29,16 +30,24 @@ def read_secret(path: Path | None = None) -> bytes:
     """
     file = path or default_key_file()
     if path is None and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as new:
-            new.write(secrets.token_hex(32) + "\n")
+        make_key_file(file)
     if not file.is_file():
         raise UserError(f"the key file {file} is not there; make one with at least 16 random bytes, or leave out --key")
     secret = file.read_bytes().strip()
     if len(secret) < 16:
         raise UserError(f"the key file {file} holds fewer than 16 bytes; put more randomness into it")
     return secret
+
+
+def make_key_file(file: Path) -> None:
+    """Write a fresh secret that only the user can read; of two processes that try at once, the first one's stays."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+        new.write(secrets.token_hex(32) + "\n")
+    with suppress(FileExistsError):
+        os.link(fresh, file)
+    fresh.unlink()
 
 
 def hashed(secret: bytes, *parts: str) -> str:

@@ -132,7 +132,7 @@ def _breast(settings: PhantomSettings, patient: int, side: str) -> list[Record]:
         "mass": int("mass" in found),
         "calc": int("calc" in found),
     }
-    name = f"p{patient:04d}"
+    name = f"s{settings.seed}-p{patient:04d}"
     return [
         Record(
             read=partial(render, settings, patient, side, view),

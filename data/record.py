@@ -45,4 +45,6 @@ class Record:
     laterality: str = ""  # "L", "R" or unknown
     view: str = ""  # "CC", "MLO", … or unknown
     split: str = ""  # the archive's official split, or none
+    spacing_mm: float | None = None  # where the archive's table, not its image, tells it
+    stamp: str = ""  # changes when the image's file does
     labels: Mapping[str, Label] = field(default_factory=dict)

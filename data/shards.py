@@ -11,6 +11,7 @@ DIR/shard-000000.tar
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -48,6 +49,7 @@ DESCRIBED = (
     "spacing_mm",
 )
 LABEL = "label_"
+OPEN_SHARDS = 32
 
 Row = dict[str, str]
 
@@ -195,12 +197,14 @@ class ShardDataset:
 
     def __init__(self, folders: Path | str | Sequence[Path | str], split: str | None = None, cache_mb: int = 0):
         paths = [Path(folders)] if isinstance(folders, Path | str) else [Path(folder) for folder in folders]
-        self.manifests = [read_manifest(path) for path in paths]
+        self.folders, self.manifests = paths, [read_manifest(path) for path in paths]
         indexed = [(path / row["shard"], row) for path in paths for row in read_index(path)]
         kept = [(path, row) for path, row in indexed if split is None or row["split"] in ("", split)]
         if not kept:
             raise UserError(f"{', '.join(map(str, paths))} has no sample in split {split!r}; see `miram data stats`")
         self.paths, self.rows = [path for path, _ in kept], [row for _, row in kept]
+        if len({row["key"] for row in self.rows}) < len(self.rows):
+            raise UserError(f"{', '.join(map(str, paths))} hold the same images twice; ingest one with another --name")
         self._files: dict[Path, int] = {}
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes, self._cache_limit = 0, cache_mb * 2**20
@@ -236,16 +240,22 @@ class ShardDataset:
     def member(self, i: int, kind: str) -> bytes:
         """The bytes of one member (`png`, `json`, `mask.png`) of sample i."""
         path, row = self.paths[i], self.rows[i]
+        size = int(row[f"{kind}_size"])
+        content = os.pread(self._open(path), size, int(row[f"{kind}_offset"]))
+        if len(content) != size:
+            raise UserError(f"the shard {path} is cut short; run `miram data verify {path.parent}`")
+        return content
+
+    def _open(self, path: Path) -> int:
+        """The shard's file descriptor; few are kept, so that thousands of shards do not exhaust them."""
         if path not in self._files:
             try:
                 self._files[path] = os.open(path, os.O_RDONLY)
             except FileNotFoundError as error:
                 raise UserError(f"the shard {path} is not there; run `miram data verify {path.parent}`") from error
-        size = int(row[f"{kind}_size"])
-        content = os.pread(self._files[path], size, int(row[f"{kind}_offset"]))
-        if len(content) != size:
-            raise UserError(f"the shard {path} is cut short; run `miram data verify {path.parent}`")
-        return content
+            if len(self._files) > OPEN_SHARDS:
+                os.close(self._files.pop(next(iter(self._files))))
+        return self._files[path]
 
     def _remember(self, i: int, sample: Sample) -> Sample:
         if sample.nbytes > self._cache_limit:
@@ -256,6 +266,12 @@ class ShardDataset:
             _, oldest = self._cache.popitem(last=False)
             self._cache_bytes -= oldest.nbytes
         return sample
+
+    @property
+    def digest(self) -> str:
+        """Changes when any byte of the data sets does."""
+        parts = [(m["index"]["sha256"], [shard["sha256"] for shard in m["shards"]]) for m in self.manifests]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def pixel_statistics(self) -> tuple[float, float]:

@@ -65,6 +65,12 @@ class MultiScaleViews:
             **{f"view/{s}": self.normalise(view) for s, view in views.items()},
         }
 
+    def enlarges(self, image: Size, draw: int) -> bool:
+        """Whether a random crop of an image of this size holds fewer rows or columns than the finest view."""
+        _, _, height, width = _random_box(generator(self.seed, "enlarges", draw), image, self.size, self.crop)
+        finest = max(self.scales)
+        return height < 0.99 * finest * self.size[0] or width < 0.99 * finest * self.size[1]
+
 
 def draw_box(rng: np.random.Generator, pixels: Pixels, size: Size, crop: CropSection) -> Box:
     """A random crop, redrawn while it holds too little tissue; if all do, the one with most."""

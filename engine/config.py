@@ -34,7 +34,7 @@ ALTERNATIVES: dict[Key, Key] = {("train", "steps"): ("train", "epochs"), ("train
 class Section(BaseModel):
     """A part of a configuration: unknown keys refused, types strict, values fixed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------------------------------------- YAML 1.2

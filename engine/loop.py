@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from contextlib import closing, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +29,9 @@ from .track import Tracker, peak_memory_bytes
 Batch = dict[str, Any]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainSection(Section):
     """How to train."""
 
@@ -44,7 +47,7 @@ class TrainSection(Section):
     """base learning rate; lr = blr * batch_size / 256"""
     weight_decay: float = Field(default=0.05, ge=0)
     """AdamW's decay of matrices; vectors and biases are not decayed"""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's averaging"""
     warmup_steps: int = Field(default=100, ge=0)
     """linear warm-up, at most all steps"""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from .errors import UserError
 from .seeding import generator
 
 Floats = NDArray[np.float64]
@@ -52,15 +53,23 @@ def chance(metric: Metric, classes: int) -> float:
 
 
 def patient_bootstrap(truth: Ints, patients: NDArray[np.str_], replicates: int, seed: int) -> Floats:
-    """(R, n) how often each image occurs in each bootstrap sample of patients; samples lacking a class are redrawn."""
+    """(R, n) how often each image occurs in each bootstrap sample of patients; samples lacking a class are redrawn.
+
+    Raises:
+        UserError: nearly all samples lack one.
+    """
     names, patient_of = np.unique(patients, return_inverse=True)
     rng, classes = generator(seed, "bootstrap"), np.unique(truth)
     rows: list[Floats] = []
-    while len(rows) < replicates:
+    for _ in range(100 * replicates):
+        if len(rows) == replicates:
+            break
         times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
         weights = times[patient_of].astype(np.float64)
         if np.isin(classes, truth[weights > 0]).all():
             rows.append(weights)
+    if len(rows) < replicates:
+        raise UserError("too few patients of a class are judged for an interval: most bootstrap samples lack the class")
     return np.stack(rows)
 
 

@@ -27,6 +27,7 @@ from .files import read_json, write_atomic, write_json
 STATE = "miram.state/1"
 RESULT = "miram.result/1"
 CAPTIONS = "miram.captions/1"
+INPUTS = "miram.inputs/1"
 Status = Literal["running", "finished", "preempted", "failed"]
 
 # Settings that may change between a run and its continuation: none of them can change a figure.
@@ -97,28 +98,41 @@ class Run:
         return figures
 
 
-def open_run(config: Section, folder: str, stage: str) -> Run:
-    """Create the run folder, or take up the one that is there if it was made by the same configuration.
+def open_run(config: Section, folder: str, stage: str, inputs: Mapping[str, str] | None = None) -> Run:
+    """Create the run folder, or take up the one that is there if configuration and inputs are the same.
+
+    Args:
+        config: the resolved configuration.
+        folder: where the run goes.
+        stage: what kind of run it is.
+        inputs: digests of what it reads, by name.
 
     Raises:
-        UserError: the folder holds something else, or a run whose configuration differs.
+        UserError: the folder holds something else, or a run whose configuration or inputs differ.
     """
     run = Run(Path(folder), stage)
     saved = run.folder / "config.yaml"
     if saved.is_file():
         _same_config(config, saved)
-    elif run.folder.is_dir() and any(not path.name.startswith(".") for path in run.folder.iterdir()):
+        _same_inputs(inputs or {}, run.folder / "inputs.json")
+    elif run.folder.is_dir() and any(not _ours(path) for path in run.folder.iterdir()):
         raise UserError(f"{folder} is not empty and is no run; choose another --out or empty it")
     elif run.folder.exists() and not run.folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out")
     else:
-        _begin(saved, config)
+        _begin(saved, config, inputs or {})
     return run
 
 
-def _begin(saved: Path, config: Section) -> None:
+def _ours(path: Path) -> bool:
+    """What a start that was killed at once may have left."""
+    return path.name.startswith(".") or path.name == "inputs.json"
+
+
+def _begin(saved: Path, config: Section, inputs: Mapping[str, str]) -> None:
     try:
-        write_atomic(saved, dump_yaml(config))
+        write_json(saved.with_name("inputs.json"), INPUTS, inputs)
+        write_atomic(saved, dump_yaml(config))  # last: it is what makes the folder a run
     except OSError as error:
         raise UserError(f"{saved.parent} cannot be written ({error.strerror}); choose another --out") from error
 
@@ -131,6 +145,15 @@ def _same_config(config: Section, saved: Path) -> None:
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise UserError(
             f"{saved.parent} was started with another configuration ({changes}{more}); choose another --out"
+        )
+
+
+def _same_inputs(inputs: Mapping[str, str], saved: Path) -> None:
+    before = read_json(saved, INPUTS)
+    changed = [name for name, digest in inputs.items() if before.get(name) != digest]
+    if changed:
+        raise UserError(
+            f"the {' and the '.join(changed)} changed since {saved.parent} was started; choose another --out"
         )
 
 

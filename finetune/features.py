@@ -40,7 +40,9 @@ def cached_features(
 
 def digest(vit: VisionTransformer, shards: ShardDataset, pool: str) -> str:
     """16 hex digits of everything that features depend on."""
-    state = hashlib.sha256(f"{pool} {normalisation(vit)}".encode())
+    state = hashlib.sha256(
+        f"{pool} {normalisation(vit)} {[getattr(block.attn, 'num_heads', 0) for block in vit.blocks]}".encode()
+    )
     for name, tensor in vit.state_dict().items():
         state.update(name.encode())
         state.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -76,13 +76,29 @@ def outer_folds(task: Task, folds: int, seed: int) -> tuple[list[Fold], str]:
     """The official split if the task's images have one, else folds of patients; and its name for the reader.
 
     Raises:
-        UserError: a class has fewer patients than there are folds.
+        UserError: a class has fewer patients than there are folds, or the official split is unusable.
     """
     train, test = (np.flatnonzero(task.splits == s) for s in ("train", "test"))
     if len(train) and len(test):
+        check_official(task, train, test)
         return [(train, test)], "official train and test"
     splits = list(grouped_folds(task.truth, task.patients, folds, seed, task))
     return splits, f"{folds} folds by patient"
+
+
+def check_official(task: Task, train: Ints, test: Ints) -> None:
+    """Refuse a split that leaks or cannot be scored.
+
+    Raises:
+        UserError: a patient is on both sides, or a class is missing from one.
+    """
+    both = len(np.intersect1d(task.patients[train], task.patients[test]))
+    if both:
+        raise UserError(f"data.task={task.name}: {both} patients are in both train and test; correct the split column")
+    for name, side in (("train", train), ("test", test)):
+        missing = [c for k, c in enumerate(task.classes) if k not in task.truth[side]]
+        if missing:
+            raise UserError(f"data.task={task.name}: no image of class {', '.join(missing)} is in split {name!r}")
 
 
 def grouped_folds(truth: Ints, patients: NDArray[np.str_], folds: int, seed: int, task: Task) -> Iterator[Fold]:
@@ -117,6 +133,7 @@ def judge(
     judged, probabilities, fold, chosen_c = [], [], [], []
     for number, (fit, rest) in enumerate(splits):
         search = fit_probe(features[fit], task, fit, c_grid, inner, seed)
+        assert len(search.classes_) == len(task.classes), "a fold was fitted without one of the classes"
         judged.append(rest)
         probabilities.append(search.predict_proba(features[rest]))
         fold.append(np.full(len(rest), number))

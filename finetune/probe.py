@@ -17,7 +17,7 @@ from ..engine.files import write_atomic
 from ..engine.metrics import Estimate, Floats, bootstrap_scores, chance, patient_bootstrap, score
 from ..engine.run import Run, open_run
 from ..engine.seeding import stable_seed
-from ..pretrain.encoder import load_encoder, random_like
+from ..pretrain.encoder import encoder_digest, load_encoder, random_like, read_provenance
 from .config import ProbeConfig
 from .features import cached_features
 from .figures import CAPTION, draw_probe
@@ -49,12 +49,13 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
     settings = load(ProbeConfig, config, arguments)
     trial = Trial.of(settings)
     encoders = list(named_encoders(settings))
-    run = open_run(settings, settings.out, "probe")
+    inputs = {"data": trial.shards.digest, "encoder": encoder_digest(settings.probe.encoder)}
+    run = open_run(settings, settings.out, "probe", inputs)
     if run.finished:
         print(f"{run.folder} is finished; nothing to do")
         return run
     with run.recorded():
-        probed = [trial.probe(name, vit, run.folder / "features") for name, vit in encoders]
+        probed = [trial.probe(name, vit, run.folder.parent / "features") for name, vit in encoders]
         write_result(run, trial, probed)
         write_predictions(run, trial, probed[0].judgement)
         figure = run.caption({"probe.png": CAPTION}) / "probe.png"
@@ -119,7 +120,7 @@ def write_result(run: Run, trial: Trial, probed: list[Probed]) -> None:
             "classes": {name: int((task.truth[judged] == k).sum()) for k, name in enumerate(task.classes)},
             "rows": list(rows(task, first, controls)),
             "differences": list(differences(first, controls)),
-            "notes": notes(task, trial.settings),
+            "notes": notes(trial, len(judged)),
         }
     )
 
@@ -148,14 +149,30 @@ def differences(first: Probed, controls: list[Probed]) -> Iterator[dict[str, obj
         yield {"name": name, "value": gap.value, "interval": gap.interval}
 
 
+def images_seen(trial: Trial) -> int:
+    """Labelled images that the encoder was pretrained on, by the provenance in its encoder.json."""
+    provenance = read_provenance(trial.settings.probe.encoder)
+    known = {(data["dataset"], data["records"]) for data in provenance.get("data", [])}
+    sources = zip(trial.shards.folders, trial.shards.manifests, strict=True)
+    folders = {folder for folder, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
+    split = provenance.get("split")
+    rows = [(trial.shards.paths[i].parent, trial.shards.rows[i]) for i in trial.task.chosen]
+    return sum(path in folders and (split is None or row["split"] in ("", split)) for path, row in rows)
+
+
 def mean_of(probed: list[Probed]) -> Estimate:
     """The mean figure of several encoders on the same images."""
     return Estimate.of(float(np.mean([p.value for p in probed])), np.mean([p.samples for p in probed], axis=0))
 
 
-def notes(task: Task, settings: ProbeConfig) -> list[str]:
+def notes(trial: Trial, judged: int) -> list[str]:
     """How the figures were made, for the reader of the report."""
+    task, settings = trial.task, trial.settings
+    seen = images_seen(trial)
     return [
+        f"Pretraining saw {seen} of the {judged} judged images, without their labels; the random weights saw none."
+        if seen
+        else "Pretraining saw none of the judged images, as far as its provenance tells.",
         f"Intervals: 95 %, {settings.probe.replicates} bootstrap samples of patients. They do not cover the "
         "spread over pretraining seeds.",
         "C is chosen on inner folds of the training patients; no image is judged by a probe that saw its patient.",

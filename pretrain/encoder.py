@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..data.views import Normalisation
 from ..engine.errors import UserError, did_you_mean, one_line
-from ..engine.files import read_json, write_json
+from ..engine.files import read_json, sha256, write_json
 
 CARD = "miram.encoder/1"
 
@@ -76,6 +76,8 @@ def build_encoder(card: EncoderCard) -> VisionTransformer:
         raise UserError(
             f"model.encoder: {card.architecture} is no plain ViT with absolute positions; try vit_small_patch16_224"
         )
+    if vit.embed_dim % 4:
+        raise UserError(f"model.encoder: width {vit.embed_dim} is no multiple of 4, as sine-cosine positions need")
     if any(True for _ in vit.fc_norm.parameters()):
         raise UserError(
             f"model.encoder: {card.architecture} norms after pooling, not before; choose a ViT with a class token"
@@ -168,6 +170,24 @@ def find_card(path: str) -> tuple[Path, EncoderCard]:
             f"there is no encoder at {path}: name a finished pretraining run, an encoder.safetensors, or timm:NAME"
         )
     return weights, read_card(weights.with_suffix(".json"))
+
+
+def read_provenance(path_or_name: str) -> dict[str, Any]:
+    """What an encoder of ours was trained on; nothing is known of timm's.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    return {} if path_or_name.startswith("timm:") else find_card(path_or_name)[1].provenance
+
+
+def encoder_digest(path_or_name: str) -> str:
+    """Changes when the weights do; timm's are known by their name.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    return path_or_name if path_or_name.startswith("timm:") else sha256(find_card(path_or_name)[0])
 
 
 def load_encoder(path_or_name: str | Path) -> VisionTransformer:

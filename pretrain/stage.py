@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import default_collate
+from accelerate import Accelerator
 
 from ..data.shards import ShardDataset
-from ..data.stream import EpochStream, ViewDataset
+from ..data.stream import FAULT, EpochStream, ViewDataset, collate
 from ..data.views import MultiScaleViews, Normalisation
 from ..engine.config import dump_yaml, load
 from ..engine.errors import UserError
@@ -24,7 +26,7 @@ from .encoder import EncoderCard, build_encoder, card_for, save_encoder
 from .miram import Miram
 from .monitors import caption, draw_reconstructions
 
-PICTURED = 6  # images in the reconstruction figure
+PICTURED = 4  # images in the reconstruction figure
 
 
 def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
@@ -45,7 +47,9 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
     run = Run(Path(settings.out), "pretrain")
     trainer = Trainer(run, model, stream, settings.train, settings.seed, accelerator)
     if accelerator.is_main_process:
-        open_run(settings, settings.out, "pretrain")  # the first thing written: all that can be refused has been
+        # The first thing written: all that can be refused has been.
+        open_run(settings, settings.out, "pretrain", {"data": shards.digest})
+        warn_of_enlarged(views, shards, accelerator)
     accelerator.wait_for_everyone()
     if run.finished:
         accelerator.print(f"{run.folder} is finished; nothing to do")
@@ -67,12 +71,11 @@ def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
         "miram": __version__,
         "objective": settings.objective,
         "data": [{k: m[k] for k in ("dataset", "licence", "records")} for m in shards.manifests],
+        "split": settings.data.split,
         "images": len(shards),
         "config_sha256": hashlib.sha256(dump_yaml(settings).encode()).hexdigest(),
     }
-    return EncoderCard(
-        architecture=card.architecture, kwargs=card.kwargs, mean=(mean,), std=(std,), provenance=provenance
-    )
+    return replace(card, mean=(mean,), std=(std,), provenance=provenance)
 
 
 def build_model(section: ModelSection, card: EncoderCard, seed: int) -> Miram:
@@ -115,12 +118,25 @@ def build_views(settings: PretrainConfig, card: EncoderCard, model: Miram) -> Mu
     )
 
 
+def warn_of_enlarged(views: MultiScaleViews, shards: ShardDataset, accelerator: Accelerator) -> None:
+    """Say how many training crops hold fewer pixels than the finest view asks for: their detail is not real."""
+    sizes = [(int(row["height"]), int(row["width"])) for row in shards.rows[:500]]
+    share = float(np.mean([views.enlarges(size, number) for number, size in enumerate(sizes)]))
+    if share > 0.05:
+        accelerator.print(
+            f"miram: about {share:.0%} of the crops are coarser than scale {max(views.scales)} and get enlarged; "
+            "for real detail raise crop.area, lower model.image_size, or ingest finer images"
+        )
+
+
 def finish(run: Run, model: Miram, card: EncoderCard, data: ViewDataset, step: int) -> None:
     """Write the encoder and the pictures."""
-    trained = EncoderCard(**{**vars(card), "provenance": {**card.provenance, "steps": step}})
+    trained = replace(card, provenance={**card.provenance, "steps": step})
     save_encoder(run.folder, model.encoder, trained)
     figures = run.caption({"reconstructions.png": caption(model)})
     chosen = [i * len(data) // PICTURED for i in range(min(PICTURED, len(data)))]
-    batch = default_collate([data[i, 0] for i in chosen])
+    batch = collate([data[i, 0] for i in chosen])
+    if FAULT in batch:
+        raise UserError(batch[FAULT])
     device = next(model.parameters()).device
     draw_reconstructions(model.eval(), to_device(batch, device), figures / "reconstructions.png")

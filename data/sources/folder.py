@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from ...engine.errors import UserError
-from ..image import SUFFIXES, read_film
+from ..image import SUFFIXES, read_film, stamp
 from ..ingest import Archive
 from ..record import Label, Record
 
@@ -114,8 +114,11 @@ def record(src: Path, path: Path, row: Row) -> Record:
         UserError: spacing_mm is no number.
     """
     name = path.relative_to(src).as_posix()
+    spacing = _spacing(row.get("spacing_mm", ""), name)
     return Record(
-        read=partial(read_film, path, _spacing(row.get("spacing_mm", ""), name)),
+        read=partial(read_film, path, spacing),
+        spacing_mm=spacing,
+        stamp=stamp(path),
         name=name,
         image_id=name,
         patient_id=row.get("patient") or f"file:{name}",

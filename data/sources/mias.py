@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ...engine.errors import UserError
-from ..image import UnreadableImage, read_film
+from ..image import UnreadableImage, read_film, stamp
 from ..ingest import Archive
 from ..record import Circle, Film, Record
 
@@ -89,6 +89,7 @@ def record(path: Path, findings: list[Finding]) -> Record:
     return Record(
         read=partial(read_with_circles, path, circles),
         name=path.name,
+        stamp=stamp(path),
         image_id=path.stem.lower(),
         patient_id=f"pair{(number + 1) // 2:03d}",
         laterality="L" if number % 2 == 0 else "R",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def build(tmp_path: Path) -> Build:
             part = folder / "part"
             part.mkdir()
             numbers = range(start, min(start + per_shard, len(images)))
-            rows |= write_shards(part, [encoded(i, images[i], splits, labels) for i in numbers])
+            rows |= write_shards(part, [encoded(name, i, images[i], splits, labels) for i in numbers])
             (part / "shard-000000.tar").rename(folder / f"shard-{start // per_shard:06d}.tar")
             part.rmdir()
         fractions = np.concatenate([image.ravel() / np.iinfo(image.dtype).max for image in images])
@@ -64,13 +65,14 @@ def build(tmp_path: Path) -> Build:
     return make
 
 
-def encoded(i: int, image: Pixels, splits: Sequence[str], labels: Sequence[dict[str, str]]) -> Encoded:
+def encoded(name: str, i: int, image: Pixels, splits: Sequence[str], labels: Sequence[dict[str, str]]) -> Encoded:
     row = {
         "split": splits[i] if splits else "",
         "max_value": np.iinfo(image.dtype).max,
         **({f"label_{task}": label for task, label in labels[i].items()} if labels else {}),
     }
-    return Encoded(f"s-{i:04d}", row, {"png": encode_png(image), "json": json.dumps({"i": i}).encode()})
+    key = f"{re.sub('[^0-9a-z_-]', '-', name)}-{i:04d}"
+    return Encoded(key, row, {"png": encode_png(image), "json": json.dumps({"i": i}).encode()})
 
 
 @pytest.fixture(scope="session")

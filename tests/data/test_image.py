@@ -176,3 +176,17 @@ def test_a_decompression_bomb_is_refused(file: Path, side: int) -> None:
 def test_a_decompression_bomb_in_a_shard_is_an_error_of_ours(side: int) -> None:
     with pytest.raises(UserError, match="here"):
         decode_png(png(side, side, 8, 0, b""), "here")
+
+
+def test_a_big_endian_tiff_keeps_every_level(tmp_path: Path) -> None:
+    """As ImageJ writes them: the bytes of each value, and of the header, most significant first."""
+    import struct
+
+    height, width = LEVELS.shape
+    tags = [(256, 3, width), (257, 3, height), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 122), (277, 3, 1)]
+    tags += [(278, 3, height), (279, 4, 2 * height * width)]
+    values = [struct.pack(">HH", value, 0) if kind == 3 else struct.pack(">I", value) for _, kind, value in tags]
+    entries = b"".join(struct.pack(">HHI", *tag[:2], 1) + value for tag, value in zip(tags, values, strict=True))
+    header = b"MM\0*" + struct.pack(">I", 8) + struct.pack(">H", len(tags)) + entries + struct.pack(">I", 0)
+    (tmp_path / "big.tif").write_bytes(header.ljust(122, b"\0") + LEVELS.astype(">u2").tobytes())
+    np.testing.assert_array_equal(read_film(tmp_path / "big.tif").pixels, LEVELS)

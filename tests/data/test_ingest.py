@@ -107,7 +107,7 @@ def test_no_records_is_an_error(archive: Archive, out: Path) -> None:
 
 def test_a_crash_leaves_nothing(archive: Archive, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
-        assert any(out.with_name("set.partial").glob("*.tar"))
+        assert any(out.with_name(".set.miram-partial").glob("*.tar"))
         raise RuntimeError("power cut")
 
     monkeypatch.setattr(module, "seal", crash)
@@ -119,7 +119,7 @@ def test_a_crash_leaves_nothing(archive: Archive, out: Path, monkeypatch: pytest
 
 
 def test_what_a_killed_run_left_is_swept_away(archive: Archive, out: Path) -> None:
-    left = out.with_name("set.partial")
+    left = out.with_name(".set.miram-partial")
     left.mkdir(parents=True)
     (left / "shard-000007.tar").write_bytes(b"half")
     ingest(archive, out, SECRET, workers=1)

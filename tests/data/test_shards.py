@@ -342,3 +342,19 @@ def test_masks_are_plain_pngs(phantoms: Path) -> None:
         name = next(name for name in tar.getnames() if name.endswith(".mask.png"))
         with Image.open(tar.extractfile(name)) as mask:  # type: ignore[arg-type]
             assert mask.mode == "L"
+
+
+def test_the_same_images_twice_are_refused(build: Build, images: Images) -> None:
+    one = build(images[:2], name="one")
+    with pytest.raises(UserError, match="--name"):
+        ShardDataset([one, one])
+
+
+def test_many_shards_do_not_keep_as_many_files_open(build: Build, images: Images) -> None:
+    from miram.data.shards import OPEN_SHARDS
+
+    shards = ShardDataset(build([images[0]] * (OPEN_SHARDS + 5), per_shard=1))
+    for _ in range(2):
+        for i in range(len(shards)):
+            np.testing.assert_array_equal(shards[i].pixels, images[0])
+        assert len(shards._files) <= OPEN_SHARDS

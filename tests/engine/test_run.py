@@ -39,7 +39,7 @@ def settings(tree: dict[str, Any] | None = None) -> Settings:
 
 def test_new_run_holds_its_resolved_configuration(tmp_path: Path) -> None:
     run = open_run(settings({"seed": 4}), str(tmp_path / "a" / "run"), "stage")
-    assert [path.name for path in run.folder.iterdir()] == ["config.yaml"]
+    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", "inputs.json"}
     saved = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert saved == {
         "out": "runs/x",
@@ -198,3 +198,11 @@ def test_two_processes_never_write_the_same_run(tmp_path: Path) -> None:
     with run.recorded():
         pass
     assert run.finished
+
+
+def test_a_run_whose_inputs_changed_is_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    open_run(settings(), out, "stage", {"data": "a", "encoder": "b"})
+    open_run(settings(), out, "stage", {"data": "a", "encoder": "b"})
+    with pytest.raises(UserError, match="the encoder changed"):
+        open_run(settings(), out, "stage", {"data": "a", "encoder": "c"})

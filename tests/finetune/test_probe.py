@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +182,54 @@ def test_an_encoder_that_is_not_there_is_named(phantoms: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="nowhere"):
         probe("probe/demo", [*settings, f"--out={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+def test_an_official_split_that_shares_patients_is_refused() -> None:
+    truth, patients = np.arange(40) % 2, np.arange(40) // 2
+    splits = np.array(["train", "test"] * 20)
+    made_up = Task("made up", ("no", "yes"), np.arange(40), truth, patients.astype(str), splits)
+    with pytest.raises(UserError, match="20 patients are in both train and test"):
+        outer_folds(made_up, 5, seed=0)
+
+
+def test_an_official_split_that_lacks_a_class_is_refused() -> None:
+    truth, patients = np.array([0, 1] * 10 + [1] * 10), np.arange(30)
+    splits = np.array(["train"] * 20 + ["test"] * 10)
+    made_up = Task("made up", ("no", "yes"), np.arange(30), truth, patients.astype(str), splits)
+    with pytest.raises(UserError, match="no image of class no is in split 'test'"):
+        outer_folds(made_up, 5, seed=0)
+
+
+def test_the_notes_count_the_images_that_pretraining_saw(phantoms: Path, encoder: Path, tmp_path: Path) -> None:
+    from miram.data.shards import read_manifest
+
+    manifest = read_manifest(phantoms)
+    card = card_for("vit_tiny_patch16_224", (32, 32), {"depth": 1, "embed_dim": 32, "num_heads": 2})
+    seen = {"data": [{k: manifest[k] for k in ("dataset", "records")}], "split": "train"}
+    save_encoder(tmp_path, build_encoder(card), replace(card, provenance=seen))
+    rest = ["--probe.controls=0", "--probe.folds=2", "--probe.inner_folds=2", "--probe.replicates=10"]
+    for split, said in (("train", "saw 24 of the 24"), ("test", "saw none of")):
+        settings = [
+            f"--data.shards={phantoms}",
+            f"--probe.encoder={tmp_path}",
+            "--data.task=mass",
+            f"--data.split={split}",
+        ]
+        run = probe("probe/demo", [*settings, *rest, f"--out={tmp_path / split}"])
+        assert said in json.loads((run.folder / "result.json").read_text())["notes"][0]
+
+
+def test_a_probe_of_an_encoder_that_was_trained_again_is_not_called_finished(
+    phantoms: Path, encoder: Path, tmp_path: Path
+) -> None:
+    rest = ["--probe.controls=0", "--probe.folds=2", "--probe.inner_folds=2", "--probe.replicates=10"]
+    settings = [f"--data.shards={phantoms}", f"--probe.encoder={tmp_path}", "--data.task=mass", *rest]
+    for seed, fails in ((0, False), (1, True)):
+        torch.manual_seed(seed)
+        card = card_for("vit_tiny_patch16_224", (32, 32), {"depth": 1, "embed_dim": 32, "num_heads": 2})
+        save_encoder(tmp_path, build_encoder(card), card)
+        if fails:
+            with pytest.raises(UserError, match="the encoder changed"):
+                probe("probe/demo", [*settings, f"--out={tmp_path / 'run'}"])
+        else:
+            probe("probe/demo", [*settings, f"--out={tmp_path / 'run'}"])
