@@ -122,7 +122,7 @@ def warn_of_enlarged(views: MultiScaleViews, shards: ShardDataset, accelerator: 
     """Say how many training crops hold fewer pixels than the finest view asks for: their detail is not real."""
     sizes = [(int(row["height"]), int(row["width"])) for row in shards.rows[:500]]
     share = float(np.mean([views.enlarges(size, number) for number, size in enumerate(sizes)]))
-    if share > 0.05:
+    if share > 0.1:
         accelerator.print(
             f"miram: about {share:.0%} of the crops are coarser than scale {max(views.scales)} and get enlarged; "
             "for real detail raise crop.area, lower model.image_size, or ingest finer images"
