@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+# Runs are compared bit for bit with runs in other processes: one thread everywhere, set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from miram.data.phantom import PhantomSettings
 from miram.data.sources.phantom import make_phantoms
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -398,7 +398,12 @@ TEXTS = st.one_of(
 )
 
 
-@given(text=TEXTS, texts=st.lists(TEXTS, max_size=3), number=st.floats(allow_nan=False), count=st.integers())
+@given(
+    text=TEXTS,
+    texts=st.lists(TEXTS, max_size=3),
+    number=st.floats(allow_nan=False, allow_infinity=False),
+    count=st.integers(),
+)
 @example(text="\r\u2028\ufeff\x7f\0", texts=ODD, number=1e-7, count=-(2**70))
 def test_any_value_reads_back_equal_and_of_its_type(text: str, texts: list[str], number: float, count: int) -> None:
     options = {text: [count, text, None, True, 1.0]}
