@@ -10,9 +10,8 @@ from .data.shards import LABEL, ShardDataset
 from .data.sources.phantom import make_phantoms
 from .engine.config import load
 from .engine.errors import UserError
-from .engine.files import read_json
 from .engine.report import write_report
-from .engine.run import RESULT, Run
+from .engine.run import Run
 from .engine.track import console
 from .finetune.config import ProbeConfig
 from .finetune.linear import outer_folds, read_task
@@ -36,8 +35,7 @@ def run_demo(data: Path | None, task: str | None, out: Path) -> None:
     pretrained = pretrain_on(shards, out / "pretrain")
     probed = [probe_on(shards, pretrained, task, out / "probe", own=data is not None)] if task or data is None else []
     page = write_report([run.folder for run in (*probed, pretrained)], out / "report.html", title="miram demo")
-    for run in probed:
-        say(read_json(run.folder / "result.json", RESULT))
+    console.print("[bold]4/4[/bold] report")
     if not probed:
         print("No label of the data has two classes and enough patients of each to probe; --task NAME says why.")
     print(f"report: {page}")
@@ -81,12 +79,3 @@ def choose_task(shards: ShardDataset) -> str | None:
             outer_folds(read_task(shards, column.removeprefix(LABEL)), folds, seed=0)
             return column.removeprefix(LABEL)
     return None
-
-
-def say(result: dict[str, object]) -> None:
-    """The probe's figures as a few lines."""
-    console.print("[bold]4/4[/bold] report")
-    print(f"{result['metric']} of {result['task']}, {result['n_images']} images of {result['n_patients']} patients:")
-    for row in (*result["rows"], *result["differences"]):  # type: ignore[misc]
-        interval = "" if row["interval"] is None else "  [{:.3f}, {:.3f}]".format(*row["interval"])
-        print(f"  {row['name']:<34}{row['value']:.3f}{interval}")

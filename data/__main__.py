@@ -98,6 +98,8 @@ def show(
     from .gallery import contact_sheet
     from .shards import ShardDataset
 
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
     contact_sheet(ShardDataset(folder), out, count, seed=seed)
     console.print(f"wrote {out}")
 

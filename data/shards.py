@@ -201,7 +201,10 @@ class ShardDataset:
         indexed = [(path / row["shard"], row) for path in paths for row in read_index(path)]
         kept = [(path, row) for path, row in indexed if split is None or row["split"] in ("", split)]
         if not kept:
-            raise UserError(f"{', '.join(map(str, paths))} has no sample in split {split!r}; see `miram data stats`")
+            found = sorted({row["split"] for _, row in indexed})
+            raise UserError(
+                f"{', '.join(map(str, paths))} has no sample in split {split!r}; data.split can be: {', '.join(found)}"
+            )
         self.paths, self.rows = [path for path, _ in kept], [row for _, row in kept]
         if len({row["key"] for row in self.rows}) < len(self.rows):
             raise UserError(f"{', '.join(map(str, paths))} hold the same images twice; ingest one with another --name")

@@ -32,8 +32,8 @@ def exit_code(run: Callable[[], object]) -> int:
     except UserError as error:
         print(f"miram: {one_line(str(error))}", file=sys.stderr)
         return USER_ERROR
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"miram: {error.filename}: {error.strerror}; name another place or mend its rights", file=sys.stderr)
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError) as error:
+        print(f"miram: {error.filename}: {error.strerror}; name another place, or mend this one", file=sys.stderr)
         return USER_ERROR
     except Preempted as stop:
         print(f"miram: {one_line(str(stop))}", file=sys.stderr)

@@ -13,9 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..data.shards import ShardDataset
 from ..engine.config import load
-from ..engine.files import write_atomic
+from ..engine.files import read_json, write_atomic
 from ..engine.metrics import Estimate, Floats, bootstrap_scores, chance, patient_bootstrap, score
-from ..engine.run import Run, open_run
+from ..engine.run import RESULT, Run, open_run
 from ..engine.seeding import stable_seed
 from ..pretrain.encoder import encoder_digest, load_encoder, random_like, read_provenance
 from .config import ProbeConfig
@@ -53,6 +53,7 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
     run = open_run(settings, settings.out, "probe", inputs)
     if run.finished:
         print(f"{run.folder} is finished; nothing to do")
+        say(read_json(run.folder / "result.json", RESULT))
         return run
     with run.recorded():
         probed = [trial.probe(name, vit, run.folder.parent / "features") for name, vit in encoders]
@@ -60,6 +61,7 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
         write_predictions(run, trial, probed[0].judgement)
         figure = run.caption({"probe.png": CAPTION}) / "probe.png"
         draw_probe(figure, trial.task, [(p.name, p.judgement, p.folds) for p in probed])
+    say(read_json(run.folder / "result.json", RESULT))
     return run
 
 
@@ -111,7 +113,7 @@ def write_result(run: Run, trial: Trial, probed: list[Probed]) -> None:
     run.result(
         {
             "task": task.name,
-            "split": trial.split_name + (f", within split {split!r}" if split else ""),
+            "split": trial.split_name + (f", within split {split!r}" if split in task.splits else ""),
             "metric": task.metric,
             "value": first.value,
             "interval": first.estimate.interval,
@@ -191,3 +193,11 @@ def write_predictions(run: Run, trial: Trial, judgement: Judgement) -> None:
         row = trial.shards.rows[task.chosen[image]]
         table.writerow([row["key"], row["patient"], task.classes[task.truth[image]], fold, *(f"{x:.6f}" for x in p)])
     write_atomic(run.folder / "predictions.csv", buffer.getvalue())
+
+
+def say(result: dict[str, object]) -> None:
+    """The figures as a few lines."""
+    print(f"{result['metric']} of {result['task']}, {result['n_images']} images of {result['n_patients']} patients:")
+    for row in (*result["rows"], *result["differences"]):  # type: ignore[misc]
+        interval = "" if row["interval"] is None else "  [{:.3f}, {:.3f}]".format(*row["interval"])
+        print(f"  {row['name']:<34}{row['value']:.3f}{interval}")

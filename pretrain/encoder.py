@@ -142,6 +142,7 @@ def save_encoder(folder: Path, vit: VisionTransformer, card: EncoderCard) -> Non
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vit.state_dict().items()}
     temporary = folder / ".encoder.safetensors"
     save_file(tensors, temporary)
+    temporary.chmod(0o644)  # safetensors keeps its files to their owner; weights are to be shared
     temporary.replace(folder / "encoder.safetensors")
     parameters = sum(p.numel() for p in vit.parameters())
     write_json(folder / "encoder.json", CARD, asdict(card) | {"parameters": parameters})

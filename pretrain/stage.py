@@ -59,6 +59,7 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
         if accelerator.is_main_process:
             finish(run, model, card, stream.dataset, trainer.step)
     accelerator.wait_for_everyone()
+    accelerator.print(f"encoder: {run.folder / 'encoder.safetensors'}")
     accelerator.end_training()
     return run
 
