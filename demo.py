@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .data.phantom import PhantomSettings
-from .data.shards import LABEL, ShardDataset
+from .data.shards import ShardDataset
 from .data.sources.phantom import make_phantoms
 from .engine.config import load
 from .engine.errors import UserError
@@ -74,8 +74,8 @@ def probe_on(shards: Path, pretrained: Run, task: str | None, out: Path, own: bo
 def choose_task(shards: ShardDataset) -> str | None:
     """The first label that the probe would take."""
     folds = load(ProbeConfig, "probe/demo").probe.folds
-    for column in [column for column in shards.rows[0] if column.startswith(LABEL)]:
+    for name in shards.tasks:
         with suppress(UserError):
-            outer_folds(read_task(shards, column.removeprefix(LABEL)), folds, seed=0)
-            return column.removeprefix(LABEL)
+            outer_folds(read_task(shards, name), folds, seed=0)
+            return name
     return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if not __package__:
     sys.exit("start this with `python -m miram.data …`, not by its file name")
@@ -13,8 +15,7 @@ import typer
 from rich.console import Console
 
 from ..engine.errors import UserError, exit_code
-from .ingest import Archive, Outcome, ingest
-from .keys import read_secret
+from .writer import Outcome
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,7 +27,12 @@ console = Console()
 
 Out = Annotated[Path, typer.Argument(help="Folder to write; it must be new, empty, or hold the same data set.")]
 Folder = Annotated[Path, typer.Argument(help="A data set: the folder with manifest.json.")]
-Workers = Annotated[int | None, typer.Option(help="Processes; default: one a core.")]
+Place = Annotated[str, typer.Argument(help="A data set: the folder or URL with manifest.json.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
+Key = Annotated[Path | None, typer.Option(help="File with the secret that hides ids; default: your own.")]
+Name = Annotated[str | None, typer.Option(help="Of the data set; keeps two archives' equal names apart.")]
+Spacing = Annotated[float | None, typer.Option(min=0.001, help="Millimetres a pixel to shrink to; never enlarges.")]
+MaxSize = Annotated[int | None, typer.Option(min=16, help="Longest side in pixels to shrink to; never enlarges.")]
 
 
 @app.command()
@@ -48,31 +54,137 @@ def phantom(
 
 @app.command("ingest")
 def ingest_command(
-    source: Annotated[str, typer.Argument(help="mias, or folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="cbis-ddsm, vindr-mammo, rsna, inbreast, mias, embed, cmmd, busi, or folder."),
+    ],
     src: Annotated[Path, typer.Argument(help="Folder that holds the archive's files.")],
     out: Out,
-    labels: Annotated[Path | None, typer.Option(help="CSV with a column `file` and what is known of each.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the data set; keeps two archives' equal names apart.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV with a column `file`, or where the tables lie.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of masks named like their images.")] = None,
+    mask_kind: Annotated[
+        Literal["instances", "classes"], typer.Option(help="What the masks' values number.")
+    ] = "instances",
+    channels: Annotated[int, typer.Option(help="3 keeps colour.")] = 1,
+    level: Annotated[Literal["image", "roi"], typer.Option(help="roi: a square around each finding.")] = "image",
+    margin: Annotated[float, typer.Option(min=0, help="Added to each side of such a square, in its sides.")] = 0.0,
+    disjoint: Annotated[bool, typer.Option(help="Patients in both official splits go to test.")] = False,
+    spacing: Spacing = None,
+    max_size: MaxSize = None,
+    name: Name = None,
     breast: Annotated[bool | None, typer.Option(help="Isolate the breast; default: as the source says.")] = None,
-    key: Annotated[Path | None, typer.Option(help="File with the secret that hides ids; default: your own.")] = None,
+    for_processing: Annotated[bool, typer.Option(help="DICOM: take raw FOR PROCESSING images, too.")] = False,
+    any_modality: Annotated[bool, typer.Option(help="DICOM: take other modalities than MG.")] = False,
+    implants: Annotated[bool, typer.Option(help="DICOM: take breasts with implants.")] = True,
+    voi: Annotated[
+        Literal["auto", "window", "none"], typer.Option(help="DICOM: LUT first, else window; window; as stored.")
+    ] = "auto",
+    voi_index: Annotated[int, typer.Option(min=0, help="DICOM: which of several LUTs or windows.")] = 0,
+    burned_in: Annotated[bool, typer.Option(help="Take images with text on the breast.")] = False,
+    key: Key = None,
     workers: Workers = None,
+    partition: Annotated[str | None, typer.Option(help="i/n: the i-th of n parts; `merge` joins them.")] = None,
 ) -> None:
-    """Turn an archive into shards: breast isolated, ids hashed, grey levels kept."""
-    from dataclasses import replace
-
+    """Turn an archive into shards: breast isolated, ids hashed, grey levels kept. Killed, it goes on where it was."""
+    from .archive import SourceOptions
+    from .dicom import DicomOptions
+    from .geometry import Size
+    from .ingest import ingest
+    from .keys import read_secret
     from .sources import read_archive
 
-    archive = read_archive(source, src, labels)
-    archive = replace(archive, dataset=name or archive.dataset, breast=archive.breast if breast is None else breast)
-    report(out, ingest(archive, out, read_secret(key), workers), archive)
+    if channels not in (1, 3):
+        raise UserError(f"--channels {channels}: give 1 or 3")
+    dicom = DicomOptions(
+        for_processing=for_processing,
+        any_modality=any_modality,
+        implants=implants,
+        burned_in=burned_in,
+        voi=voi,
+        voi_index=voi_index,
+    )
+    options = SourceOptions(
+        labels=labels,
+        masks=masks,
+        mask_kind=mask_kind,
+        channels=3 if channels == 3 else 1,
+        level=level,
+        margin=margin,
+        disjoint=disjoint,
+        dicom=dicom,
+    )
+    part = parse_partition(partition)
+    archive = read_archive(source, src, options)
+    breast = archive.breast if breast is None else breast
+    archive = replace(archive, dataset=name or archive.dataset, breast=breast, quarantine=not burned_in)
+    size = Size(spacing_mm=spacing, max_size=max_size)
+    for note in archive.notes:
+        print(f"miram: {note}", file=sys.stderr)
+    report(out, ingest(archive, out, read_secret(key), workers, size=size, part=part))
+
+
+@app.command("index")
+def index_command(
+    src: Annotated[str, typer.Argument(help="Folder, tar, URL or a{000..012}.tar: WebDataset shards of others.")],
+    out: Out,
+    label: Annotated[list[str] | None, typer.Option(help="JSON field to take as a label; may be repeated.")] = None,
+    patient: Annotated[str | None, typer.Option(help="JSON field that tells the patient; it is hashed.")] = None,
+    name: Name = None,
+    key: Key = None,
+) -> None:
+    """Adopt WebDataset tars without copying them: an index and a manifest beside them."""
+    from .adopt import adopt
+    from .keys import read_secret
+
+    outcome = adopt(src, out, labels=tuple(label or ()), dataset=name, patient=patient, secret=read_secret(key))
+    report(out, outcome)
+
+
+@app.command()
+def pack(
+    folder: Folder, out: Out, spacing: Spacing = None, max_size: MaxSize = None, workers: Workers = None
+) -> None:
+    """Write a data set again with raw pixels: crops are then read row by row, for training at speed."""
+    from .derive import derive
+    from .geometry import Size
+
+    report(out, derive(folder, out, Size(spacing_mm=spacing, max_size=max_size), packed=True, workers=workers))
+
+
+@app.command()
+def resize(
+    folder: Folder, out: Out, spacing: Spacing = None, max_size: MaxSize = None, workers: Workers = None
+) -> None:
+    """Write a data set again with smaller images; masks and marks follow, and the way back is kept."""
+    from .derive import derive
+    from .geometry import Size
+
+    if (spacing is None) == (max_size is None):
+        raise UserError("resize needs one of --spacing and --max-size")
+    report(out, derive(folder, out, Size(spacing_mm=spacing, max_size=max_size), packed=False, workers=workers))
+
+
+@app.command("merge")
+def merge_command(
+    parts: Annotated[list[Path], typer.Argument(help="The parts that `ingest --partition i/n` wrote, all of them.")],
+    out: Out,
+) -> None:
+    """Join the parts of an array job: the same bytes as one job would have written."""
+    from .derive import merge
+
+    report(out, merge(parts, out))
 
 
 @app.command("verify")
-def verify_command(folder: Folder) -> None:
+def verify_command(
+    folder: Place,
+    samples: Annotated[bool, typer.Option(help="Decode every sample, too.")] = False,
+) -> None:
     """Check every shard against the manifest."""
-    from .shards import read_manifest, verify
+    from .shards import read_manifest
+    from .verify import verify, verify_samples
 
-    faults = list(verify(folder))
+    faults = list(verify(folder)) or (list(verify_samples(folder)) if samples else [])
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}")
     manifest = read_manifest(folder)
@@ -80,7 +192,7 @@ def verify_command(folder: Folder) -> None:
 
 
 @app.command()
-def stats(folder: Folder) -> None:
+def stats(folder: Place) -> None:
     """Count images, patients, labels; show sizes and grey levels."""
     from .summary import summary
 
@@ -89,7 +201,7 @@ def stats(folder: Folder) -> None:
 
 @app.command()
 def show(
-    folder: Folder,
+    folder: Place,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("contact-sheet.png"),
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images on the sheet.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other images.")] = 0,
@@ -104,12 +216,31 @@ def show(
     console.print(f"wrote {out}")
 
 
-def report(out: Path, outcome: Outcome, archive: Archive | None = None) -> None:
-    """Say what an ingest did; name what it left out."""
-    for note in archive.notes if archive else ():
-        print(f"miram: {note}", file=sys.stderr)
-    for name, reason in outcome.skipped.items():
+def parse_partition(text: str | None) -> tuple[int, int] | None:
+    """`3/8` as (3, 8).
+
+    Raises:
+        UserError: it is no part of a whole.
+    """
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--partition {text!r}: give i/n with i from 1 to n, such as 3/8")
+    return int(index), int(count)
+
+
+def report(out: Path, outcome: Outcome) -> None:
+    """Say what was written, and what was left out and why."""
+    from .ingest import skipped_file
+
+    few = len(outcome.skipped) <= 5
+    for name, reason in outcome.skipped.items() if few else ():
         print(f"miram: left out {name}: {reason}", file=sys.stderr)
+    for reason, n in Counter(outcome.skipped.values()).most_common(0 if few else 10):
+        print(f"miram: left out {n}: {reason}", file=sys.stderr)
+    if outcome.skipped:
+        print(f"miram: all that was left out: {skipped_file(out)} (it names your files; keep it)", file=sys.stderr)
     said = "already holds this data set:" if outcome.unchanged else "holds"
     left_out = f", {len(outcome.skipped)} left out" if outcome.skipped else ""
     print(f"{out} {said} {outcome.samples} images{left_out}")

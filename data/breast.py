@@ -1,16 +1,15 @@
-"""Find the breast on a film, cut it out, put the chest wall on the left, and keep what undoes all of it."""
+"""Find the breast on a film, cut it out and put the chest wall on the left."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage as ndi
 
-from .record import Circle, Film, Pixels
+from .geometry import Geometry
+from .record import Film, Pixels, Region
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -33,90 +32,22 @@ FLAT = 0.2  # a frame whose coarse brightness varies less than this holds nothin
 SMALLEST = 0.02  # of the frame: less than this is a marker or a speck, not a breast
 
 
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """How a stored image came out of its film: crop box in film pixels, then a horizontal flip."""
-
-    height: int  # of the film, as is width
-    width: int
-    top: int
-    left: int
-    bottom: int  # exclusive, as is right
-    right: int
-    flipped: bool
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.top < self.bottom <= self.height and 0 <= self.left < self.right <= self.width):
-            raise ValueError(f"The crop box does not lie within the film: {self}.")
-
-    @classmethod
-    def whole(cls, height: int, width: int) -> Geometry:
-        """The geometry that changes nothing."""
-        return cls(height=height, width=width, top=0, left=0, bottom=height, right=width, flipped=False)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
-        """What `as_dict` gave, read back."""
-        return cls(**values)
-
-    def as_dict(self) -> dict[str, int | bool]:
-        """The fields by name, ready for JSON."""
-        return asdict(self)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width of the stored image."""
-        return self.bottom - self.top, self.right - self.left
-
-    def apply(self, image: NDArray[Any]) -> NDArray[Any]:
-        """Film (height, width, ...) -> stored image (*shape, ...), a copy."""
-        self._expect(image, (self.height, self.width))
-        box = image[self.top : self.bottom, self.left : self.right]
-        return (box[:, ::-1] if self.flipped else box).copy()
-
-    def restore(self, image: NDArray[Any]) -> NDArray[Any]:
-        """Stored image (*shape, ...) -> film (height, width, ...), zero outside the crop."""
-        self._expect(image, self.shape)
-        film = np.zeros((self.height, self.width, *image.shape[2:]), image.dtype)
-        film[self.top : self.bottom, self.left : self.right] = image[:, ::-1] if self.flipped else image
-        return film
-
-    def apply_circle(self, circle: Circle) -> Circle:
-        """A circle on the film -> the same circle on the stored image."""
-        x = self.right - 1 - circle.x if self.flipped else circle.x - self.left
-        return replace(circle, x=x, y=circle.y - self.top)
-
-    def restore_circle(self, circle: Circle) -> Circle:
-        """A circle on the stored image -> the same circle on the film."""
-        x = self.right - 1 - circle.x if self.flipped else circle.x + self.left
-        return replace(circle, x=x, y=circle.y + self.top)
-
-    @staticmethod
-    def _expect(image: NDArray[Any], shape: tuple[int, int]) -> None:
-        if image.shape[:2] != shape:
-            raise ValueError(f"The image is {image.shape[:2]}, but this geometry is for {shape}.")
-
-
 def isolate(film: Film, *, margin: float = 0.01) -> tuple[Film, Geometry]:
     """The breast alone: all else zero, cropped with a margin (a part of the longest side), chest wall left.
 
-    Values inside the breast stay as they are. Circles and mask follow; the crop holds the whole mask.
+    Values inside the breast stay as they are. Marks and mask follow; the crop holds the whole mask.
     Raises ValueError where there is no breast to see.
     """
     breast = find_breast(film.pixels, film.max_value)
     if breast.mean() < SMALLEST:
         raise ValueError(f"No breast found: what looks like tissue covers {breast.mean():.1%} of the frame.")
     # Pixels of a finding outside the breast are zeroed all the same: left there, they would give it away.
-    keep = breast if film.mask is None else breast | (film.mask > 0)
-    geometry = _geometry(keep, round(margin * max(breast.shape)), flipped=_wall_is_right(breast))
+    findings = film.mask if film.mask_kind == "instances" else None  # classes may number the background, too
+    keep = breast if findings is None else breast | (findings > 0)
+    region = _region(keep, round(margin * max(breast.shape)))
+    geometry = Geometry.crop((breast.shape[0], breast.shape[1]), region, flipped=_wall_is_right(breast))
     pixels: Pixels = film.pixels * breast
-    stored = replace(
-        film,
-        pixels=geometry.apply(pixels),
-        circles=tuple(geometry.apply_circle(c) for c in film.circles),
-        mask=None if film.mask is None else geometry.apply(film.mask),
-    )
-    return stored, geometry
+    return geometry.apply_film(replace(film, pixels=pixels)), geometry
 
 
 def find_breast(pixels: Pixels, max_value: int) -> Mask:
@@ -213,18 +144,15 @@ def _neighbours(count: int, length: int, factor: int) -> tuple[NDArray[np.intp],
     return start, np.minimum(start + 1, count - 1), (place - start).astype(np.float32)
 
 
-def _geometry(keep: Mask, margin: int, *, flipped: bool) -> Geometry:
+def _region(keep: Mask, margin: int) -> Region:
     """The box around what is kept, widened by the margin as far as the frame goes."""
     height, width = keep.shape
     rows, columns = np.flatnonzero(keep.any(axis=1)), np.flatnonzero(keep.any(axis=0))
-    return Geometry(
-        height=height,
-        width=width,
+    return Region(
         top=max(int(rows[0]) - margin, 0),
         left=max(int(columns[0]) - margin, 0),
         bottom=min(int(rows[-1]) + 1 + margin, height),
         right=min(int(columns[-1]) + 1 + margin, width),
-        flipped=flipped,
     )
 
 

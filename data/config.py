@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
@@ -15,15 +15,21 @@ class DataSection(Section):
     """Which samples, and how they are fetched."""
 
     shards: str | list[str]
-    """folder of a data set, or a list of them"""
+    """folder or URL (http, https, s3, gs) of a data set, or a list of them"""
     split: str | None = "train"
-    """samples of this split and those without one; null: all"""
+    """samples of this split (of a data set that has none, all); null: all"""
+    split_file: str | None = None
+    """file of `miram data split` that says what the splits are; null: the data's own"""
+    fold: NonNegativeInt | None = None
+    """of the split file: train is all but this fold, val is this fold"""
     task: str | None = None
     """label that an evaluation predicts"""
     workers: NonNegativeInt = 2
     """processes that read and crop while training; 0: none but the main one"""
     cache_mb: NonNegativeInt = 0
     """decoded images each worker keeps, in megabytes"""
+    on_damage: Literal["raise", "skip"] = "raise"
+    """a sample that cannot be read stops training, or another one stands in for it; evaluations always stop"""
 
 
 class CropSection(Section):

@@ -1,115 +1,89 @@
-"""From an archive's records to shards, in parallel, either whole or not at all.
+"""From an archive's records to shards: in parallel, going on after a kill, the same bytes however it is done.
 
-Each image: read -> breast mask, crop, chest wall to the left, zero outside -> PNG + JSON (+ mask). Images that cannot
-be read are named and left out. The folder appears under its name only when everything in it is complete.
+Each image: read -> breast mask, crop, chest wall to the left, zero outside -> resize where asked -> PNG + JSON (+ mask).
+Images that cannot be used are left out and listed in OUT.skipped.csv, beside the data set and not in it: it names the
+user's own files.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..engine.errors import UserError
-from ..engine.track import progress_bar
-from .breast import Geometry, isolate
+from ..engine.files import write_atomic
+from .archive import Archive
+from .breast import isolate
+from .burned import text_on
+from .duplicates import phash
+from .geometry import Geometry, Size
 from .image import UnreadableImage, encode_png
 from .keys import hashed
+from .layout import LABEL, SAMPLE, Encoded, Moments
 from .record import Film, Record
-from .shards import LABEL, SAMPLE, Encoded, read_manifest, seal, write_shards
+from .shards import read_manifest
+from .writer import Outcome, Skipped, Work, cut, discard, identity_of, publish, write_set
+
+__all__ = ["Archive", "Outcome", "ingest"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Archive:
-    """What a source hands over: its records, and how they want to be treated."""
-
-    dataset: str
-    licence: str
-    records: Sequence[Record]
-    breast: bool = True  # isolate the breast; off for images of something else
-    notes: tuple[str, ...] = ()  # what the user should know before trusting it
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the source, kept in the manifest
-
-
-@dataclass
-class Outcome:
-    """What an ingest did. `skipped` maps an image's name to the reason."""
-
-    samples: int = 0
-    skipped: dict[str, str] = field(default_factory=dict)
-    unchanged: bool = False  # the same data set was there already
-
-
-@dataclass
-class Moments:
-    """Count, sum and sum of squares of pixels, as fractions of their largest value."""
-
-    n: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    @classmethod
-    def of(cls, film: Film) -> Moments:
-        """The moments of one image."""
-        x = film.pixels.astype(np.float64) / film.max_value
-        return cls(x.size, float(x.sum()), float(np.square(x).sum()))
-
-    def add(self, other: Moments) -> None:
-        """Take another image in."""
-        self.n += other.n
-        self.total += other.total
-        self.squares += other.squares
-
-    def statistics(self) -> dict[str, float]:
-        """Count, mean and standard deviation."""
-        mean = self.total / self.n
-        return {"n": self.n, "mean": mean, "std": max(self.squares / self.n - mean**2, 0.0) ** 0.5}
-
-
-_Prepared = tuple[Encoded, Moments] | str  # or the reason why not
-
-
-def ingest(archive: Archive, out: Path, secret: bytes, workers: int | None = None) -> Outcome:
-    """Write an archive's records as a data set.
+def ingest(
+    archive: Archive,
+    out: Path,
+    secret: bytes,
+    workers: int | None = None,
+    *,
+    size: Size | None = None,
+    part: tuple[int, int] | None = None,
+) -> Outcome:
+    """Write an archive's records as a data set, or, of `part` (i, n), every n-th shard of it from the i-th on.
 
     Raises:
         UserError: there is nothing to ingest, nothing could be read, or `out` holds something else.
+        RunFailed: a worker process was killed.
     """
     if not archive.records:
         raise UserError(f"{archive.dataset}: there is no image to ingest")
-    out, settings = out.absolute(), _settings(archive, secret)
-    if _same_data_set(out, settings):
-        return Outcome(samples=read_manifest(out)["index"]["samples"], unchanged=True)
-    partial_folder = out.with_name(f".{out.name}.miram-partial")  # one of ours, so what a killed ingest left may go
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    try:
-        outcome = _write(archive, partial_folder, secret, settings, workers or os.cpu_count() or 1)
-        partial_folder.replace(out)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+    out, size = out.absolute(), size or Size()
+    keys = [sample_key(record, archive.dataset, secret) for record in archive.records]
+    refuse_equal_keys(archive, keys)
+    facts = settings(archive, secret, size)
+    shards = cut(archive.records)
+    if part:
+        facts |= {"part": list(part)}
+        shards = {number: records for number, records in shards.items() if number % part[1] == part[0] - 1}
+    if there := already_written(out, facts):
+        return there
+    prepare_one = partial(prepare, archive=replace(archive, records=()), secret=secret, size=size)
+    work = Work(shards=shards, prepare=prepare_one, identity=identity_of(json.dumps(facts)), facts=facts)
+    outcome = write_set(work, out, workers or os.cpu_count() or 1, "images")
+    if not outcome.samples and not part:
+        discard(out)
+        name, reason = next(iter(outcome.skipped.items()))
+        raise UserError(
+            f"{archive.dataset}: none of {len(archive.records)} images could be read; the first, {name}: {reason}"
+        )
+    write_skipped(out, outcome.skipped)
+    publish(out)
     return outcome
 
 
-def _settings(archive: Archive, secret: bytes) -> dict[str, Any]:
+def settings(archive: Archive, secret: bytes, size: Size) -> dict[str, Any]:
     """What the manifest says of the ingest; `records` is a keyed digest, so that the ids stay secret."""
     content = json.dumps([_identity(record) for record in archive.records])
     return {
         "dataset": archive.dataset,
         "licence": archive.licence,
-        "channels": 1,
-        "preprocessing": {"breast": archive.breast, **archive.settings},
+        "channels": archive.channels,
+        "preprocessing": {"breast": archive.breast, **asdict(size), **archive.settings},
         "records": hashed(secret, archive.dataset, content),
     }
 
@@ -119,74 +93,111 @@ def _identity(r: Record) -> list[Any]:
     return [r.image_id, r.patient_id, r.exam_id, r.laterality, r.view, r.split, r.spacing_mm, r.stamp, labels]
 
 
-def _same_data_set(out: Path, settings: Mapping[str, Any]) -> bool:
+def refuse_equal_keys(archive: Archive, keys: list[str]) -> None:
+    """Two images of one key would become one sample.
+
+    Raises:
+        UserError: there are such images; both are named.
+    """
+    seen: dict[str, Record] = {}
+    for key, record in zip(keys, archive.records, strict=True):
+        if (twin := seen.setdefault(key, record)) is not record:
+            raise UserError(f"{archive.dataset}: {record.name} and {twin.name} have the same id; keep one of them")
+
+
+def already_written(out: Path, facts: Mapping[str, Any]) -> Outcome | None:
+    """What `out` holds, where it holds this data set; None where it holds nothing.
+
+    Raises:
+        UserError: it holds something else.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
+        return None
     if not out.is_dir():
         raise UserError(f"{out} is a file; name a folder for the data set")
     if not (out / "manifest.json").exists():
         raise UserError(f"{out} is not empty and holds no data set of miram; name another folder")
     there = read_manifest(out)
-    if any(there.get(key) != value for key, value in settings.items()):
-        raise UserError(f"{out} already holds another data set ({there.get('dataset')}); name another folder")
-    if there["skipped"]:
+    other = [key for key, value in facts.items() if there.get(key) != value]
+    if other:
+        same = " of the same images" if "records" not in other else ""
+        what = ", ".join(key for key in other if key != "records") or "other images or labels"
         raise UserError(
-            f"{out} lacks {there['skipped']} images that could not be read when it was made; name another folder"
+            f"{out} already holds another data set ({there.get('dataset')}){same}; it differs in {what}: name another folder"
         )
-    return True
+    discard(out)  # what is left where a process was killed right after its work
+    return Outcome(samples=there["index"]["samples"], unchanged=True)
 
 
-def _write(archive: Archive, folder: Path, secret: bytes, settings: dict[str, Any], workers: int) -> Outcome:
-    outcome, pixels = Outcome(), Moments()
-
-    def samples() -> Iterator[Encoded]:
-        prepare_one = partial(prepare, dataset=archive.dataset, secret=secret, breast=archive.breast)
-        for record, prepared in zip(archive.records, each(prepare_one, archive.records, workers), strict=True):
-            if isinstance(prepared, str):
-                outcome.skipped[record.name] = prepared
-            else:
-                outcome.samples += 1
-                pixels.add(prepared[1])
-                yield prepared[0]
-
-    rows = write_shards(folder, samples())
-    if not rows:
-        name, reason = next(iter(outcome.skipped.items()))
-        raise UserError(
-            f"{archive.dataset}: none of {len(archive.records)} images could be read; the first, {name}: {reason}"
-        )
-    seal(folder, rows, settings | {"pixels": pixels.statistics(), "skipped": len(outcome.skipped)})
-    return outcome
+def skipped_file(out: Path) -> Path:
+    """The list of what was left out, beside the data set."""
+    return out.with_name(f"{out.name}.skipped.csv")
 
 
-def each(function: Callable[[Record], _Prepared], records: Sequence[Record], workers: int) -> Iterator[_Prepared]:
-    """The function over the records, in order, in as many processes; with a progress bar."""
-    with progress_bar() as bar, ExitStack() as stack:
-        todo: Iterator[_Prepared] = map(function, records)
-        if workers > 1 and len(records) >= 32:  # starting processes costs more than a few images
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-            todo = pool.map(function, records, chunksize=4)
-        yield from bar.track(todo, total=len(records), task_id=bar.add_task("images", total=len(records), note=""))
+def write_skipped(out: Path, skipped: Mapping[str, str]) -> None:
+    """Write the list, or remove an old one where nothing was left out."""
+    if not skipped:
+        skipped_file(out).unlink(missing_ok=True)
+        return
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([("file", "reason"), *sorted(skipped.items())])
+    write_atomic(skipped_file(out), buffer.getvalue())
 
 
-def prepare(record: Record, *, dataset: str, secret: bytes, breast: bool) -> _Prepared:
+def prepare(record: Record, *, archive: Archive, secret: bytes, size: Size) -> Encoded | Skipped:
     """One record as the bytes of a sample, or the reason why it was left out."""
     try:
         film = record.read()
-        stored, geometry = isolate(film) if breast else (film, Geometry.whole(*film.pixels.shape))
+        stored, geometry = place(film, archive)
+        stored, geometry = shrink(stored, geometry, size)
     except (UnreadableImage, ValueError) as error:
-        return str(error)
-    row = describe(record, stored, dataset, secret)
-    meta = {
-        "schema": SAMPLE,
-        **row,
-        "geometry": geometry.as_dict(),
-        "circles": [asdict(circle) for circle in stored.circles],
-    }
-    members = {"png": encode_png(stored.pixels), "json": json.dumps(meta).encode()}
-    if stored.mask is not None:
-        members["mask.png"] = encode_png(stored.mask)
-    return Encoded(sample_key(record, dataset, secret), row, members), Moments.of(stored)
+        return Skipped(record.name, str(error))
+    return encode(sample_key(record, archive.dataset, secret), describe(record, stored, archive.dataset, secret), stored, geometry)
+
+
+def place(film: Film, archive: Archive) -> tuple[Film, Geometry]:
+    """The part of a film that is kept, at the film's own resolution.
+
+    Raises:
+        UnreadableImage: there is text on the breast.
+        ValueError: there is no breast to see.
+    """
+    if film.region is not None:
+        geometry = Geometry.crop((film.pixels.shape[0], film.pixels.shape[1]), film.region)
+        return geometry.apply_film(film), geometry
+    if not archive.breast:
+        return film, Geometry.whole(*film.pixels.shape[:2])
+    stored, geometry = isolate(film)
+    if archive.quarantine and text_on(stored.pixels, stored.pixels > 0, stored.max_value):
+        raise UnreadableImage("quarantined: there seems to be text on the breast; look at it, then --burned-in takes it")
+    return stored, geometry
+
+
+def shrink(film: Film, geometry: Geometry, size: Size) -> tuple[Film, Geometry]:
+    """The stored image at another size, with its mask, marks and spacing.
+
+    Raises:
+        ValueError: the size needs a spacing and there is none.
+    """
+    now = (film.pixels.shape[0], film.pixels.shape[1])
+    shape = size.shape(now, film.spacing_mm)
+    if shape == now:
+        return film, geometry
+    spacing = size.spacing_mm or (None if film.spacing_mm is None else round(film.spacing_mm * now[0] / shape[0], 6))
+    small = Geometry.whole(*now).resized(shape).apply_film(film)
+    return replace(small, spacing_mm=spacing), geometry.resized(shape)
+
+
+def encode(key: str, row: Mapping[str, Any], film: Film, geometry: Geometry) -> Encoded:
+    """A stored film as a sample."""
+    marks = {name: [asdict(mark) for mark in getattr(film, name)] for name in ("circles", "boxes", "polygons")}
+    meta = {"schema": SAMPLE, **row, "geometry": geometry.as_dict(), **marks, "facts": dict(film.facts)}
+    members = {"png": encode_png(film.pixels), "json": b""}
+    if film.mask is not None:
+        meta["mask_kind"] = film.mask_kind
+        members["mask.png"] = encode_png(film.mask)
+    members["json"] = json.dumps(meta).encode()
+    return Encoded(key, row, members, Moments.of(film))
 
 
 def sample_key(record: Record, dataset: str, secret: bytes) -> str:
@@ -197,7 +208,7 @@ def sample_key(record: Record, dataset: str, secret: bytes) -> str:
 
 def describe(record: Record, film: Film, dataset: str, secret: bytes) -> dict[str, Any]:
     """The index columns of a sample: patient and exam hashed, labels as they are."""
-    height, width = film.pixels.shape
+    height, width = film.pixels.shape[:2]
     return {
         "dataset": dataset,
         "patient": hashed(secret, dataset, "patient", record.patient_id),
@@ -210,5 +221,6 @@ def describe(record: Record, film: Film, dataset: str, secret: bytes) -> dict[st
         "bits": film.max_value.bit_length(),
         "max_value": film.max_value,
         "spacing_mm": "" if film.spacing_mm is None else film.spacing_mm,
+        "phash": phash(film.pixels),
         **{LABEL + task: label for task, label in sorted(record.labels.items())},
     }

@@ -7,9 +7,10 @@ dropped. Where a run stands is one integer, the number of batches it has taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from ..engine.seeding import generator
 from .shards import Sample, ShardDataset
 
 Place = tuple[int, int]  # sample number, epoch
-SHARDS_AT_ONCE = 8
+SHARDS_AT_ONCE = 16
 FAULT = "fault"  # stands in a batch for a sample that cannot be read
+DAMAGED = "damaged"  # why another sample stands in for this one, or ""
+REACH = tuple(2**k for k in range(12))  # how far substitutes lie: beyond the end of a shard that is missing whole
 
 View = Callable[[Sample, int], dict[str, Any]]
 
@@ -40,17 +43,37 @@ def epoch_order(shard_sizes: tuple[int, ...], seed: int, epoch: int) -> NDArray[
 
 
 class ViewDataset(Dataset[dict[str, Any]]):
-    """Samples as views, by (sample number, epoch)."""
+    """Samples as views, by (sample number, epoch).
 
-    def __init__(self, shards: ShardDataset, view: View):
-        self.shards, self.view = shards, view
+    A damaged sample is a fault, or, with `skip`, replaced by another one: which, depends on its number alone, so that
+    batches stay equal and every rank and every restart does the same.
+    """
+
+    def __init__(self, shards: ShardDataset, view: View, skip: bool = False):
+        self.shards, self.view, self.skip = shards, view, skip
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
         i, epoch = place
         try:
-            return self.view(self.shards[i], epoch)
+            return {**self.view(self.shards[i], epoch), DAMAGED: ""}
         except UserError as error:  # raised in a worker, torch would wrap it into its traceback and keep the workers
-            return {FAULT: str(error)}
+            reason = f"sample {self.shards.rows[i]['key']}: {error}"
+            return self._instead(i, epoch, reason) if self.skip else {FAULT: str(error)}
+
+    def __getitems__(self, places: list[Place]) -> list[dict[str, Any]]:
+        """Several samples, fetched at once where they are remote."""
+        try:
+            self.shards.prefetch([i for i, _ in places])
+        except UserError as error:
+            if not self.skip:
+                return [{FAULT: str(error)}]
+        return [self[place] for place in places]
+
+    def _instead(self, i: int, epoch: int, reason: str) -> dict[str, Any]:
+        for step in REACH:
+            with suppress(UserError):
+                return {**self.view(self.shards[(i + step) % len(self.shards)], epoch), DAMAGED: reason}
+        return {FAULT: f"{reason}; so are {len(REACH)} samples that could stand in for it"}
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -59,14 +82,20 @@ class ViewDataset(Dataset[dict[str, Any]]):
 class EpochStream:
     """Global batches of a data set without end, of which each rank is given its share.
 
+    Args:
+        skip: replace damaged samples instead of stopping at them; `damaged` then names those of this rank.
+
     Raises:
         UserError: the data set does not fill one batch.
     """
 
-    def __init__(self, shards: ShardDataset, view: View, batch_size: int, seed: int, workers: int):
-        self.dataset = ViewDataset(shards, view)
+    def __init__(
+        self, shards: ShardDataset, view: View, batch_size: int, seed: int, workers: int, *, skip: bool = False
+    ):
+        self.dataset = ViewDataset(shards, view, skip)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self.shard_sizes = tuple(len(list(group)) for _, group in groupby(shards.paths))
+        self.damaged: dict[str, None] = {}  # an ordered set
+        self.shard_sizes = shards.shard_sizes
         self.batches_per_epoch = len(shards) // batch_size
         if not self.batches_per_epoch:
             raise UserError(
@@ -93,7 +122,15 @@ class EpochStream:
         for batch in loader:
             if FAULT in batch:
                 raise UserError(batch[FAULT])
+            self._name(reason for reason in batch.pop(DAMAGED) if reason)
             yield batch
+
+    def _name(self, reasons: Iterable[str]) -> None:
+        """Say once of each damaged sample that another one stands in for it."""
+        for reason in reasons:
+            if reason not in self.damaged:
+                self.damaged[reason] = None
+                print(f"miram: skipped: {reason}", file=sys.stderr, flush=True)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

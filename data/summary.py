@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from .shards import LABEL, Row, read_index, read_manifest
+from .layout import LABEL
+from .shards import read_index, read_manifest
+from .table import Row
 
 
-def summary(folder: Path) -> Table:
+def summary(folder: Path | str) -> Table:
     """Counts of images, patients, views and labels; sizes and grey levels.
 
     Raises:
         UserError: the folder is missing or is no data set.
     """
     manifest, rows = read_manifest(folder), read_index(folder)
-    table = Table(title=f"{folder.name} ({manifest['dataset']})", show_header=False, title_justify="left")
+    table = Table(title=f"{Path(folder).name} ({manifest['dataset']})", show_header=False, title_justify="left")
     table.add_row("images", str(len(rows)))
     table.add_row("patients", str(len({row["patient"] for row in rows})))
     table.add_row("left out at ingest", str(manifest["skipped"]))

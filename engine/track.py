@@ -26,6 +26,40 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
+class Meter:
+    """Progress of work on items: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+
+    EVERY = 30.0  # seconds between lines
+
+    def __init__(self, name: str, total: int, done: int = 0):
+        self.name, self.total, self.start, self.done = name, total, done, done
+        self._bar = progress_bar()
+        self._task = self._bar.add_task(name, total=total, completed=done, note="")
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> Meter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        """One more item is done."""
+        self.reach(self.done - self.start + 1)
+
+    def reach(self, count: int) -> None:
+        """So many items are done since the start."""
+        self.done = self.start + count
+        now = time.monotonic()
+        rate = count / max(now - self._began, 1e-9)
+        self._bar.update(self._task, completed=self.done, note=f"{rate:.1f}/s")
+        if not console.is_terminal and now - self._said > self.EVERY:
+            self._said = now
+            left = (self.total - self.done) / max(rate, 1e-9) / 60
+            print(f"{self.name}: {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} min left", file=sys.stderr, flush=True)
+
+
 class Tracker:
     """Progress of one training on rank 0; other ranks stay silent."""
 

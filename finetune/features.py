@@ -46,8 +46,7 @@ def digest(vit: VisionTransformer, shards: ShardDataset, pool: str) -> str:
     for name, tensor in vit.state_dict().items():
         state.update(name.encode())
         state.update(tensor.cpu().contiguous().numpy().tobytes())
-    for path, row in zip(shards.paths, shards.rows, strict=True):
-        state.update(f"{path.name} {row['key']} {row['png_offset']}".encode())
+    state.update(" ".join(shards.rows.column("key")).encode())
     for manifest in shards.manifests:
         state.update(manifest["index"]["sha256"].encode())
     return state.hexdigest()[:16]

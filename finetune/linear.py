@@ -67,9 +67,9 @@ def read_task(shards: ShardDataset, name: str | None) -> Task:
         raise UserError(
             f"data.task={name}: every labelled image is {', '.join(map(repr, classes))}; there is nothing to tell apart"
         )
-    column = {c: np.array([shards.rows[i][c] for i in chosen]) for c in ("dataset", "patient", "split")}
-    patients = np.char.add(np.char.add(column["dataset"], "/"), column["patient"])
-    return Task(name, tuple(map(str, classes)), chosen, truth, patients, column["split"])
+    dataset, patient, split = (np.array(c)[chosen] for c in (*map(shards.rows.column, ("dataset", "patient")), shards.splits))
+    patients = np.char.add(np.char.add(dataset, "/"), patient)
+    return Task(name, tuple(map(str, classes)), chosen, truth, patients, split)
 
 
 def outer_folds(task: Task, folds: int, seed: int) -> tuple[list[Fold], str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
+from ..data.opening import open_shards
 from ..data.shards import ShardDataset
 from ..engine.config import load
 from ..engine.files import read_json, write_atomic
@@ -90,7 +91,7 @@ class Trial:
         Raises:
             UserError: the data has no such task, or too few patients for the folds.
         """
-        shards = ShardDataset(settings.data.shards, settings.data.split, settings.data.cache_mb)
+        shards = open_shards(settings.data)
         task = read_task(shards, settings.data.task)
         return cls(settings, shards, task, *outer_folds(task, settings.probe.folds, settings.seed))
 
@@ -155,11 +156,11 @@ def images_seen(trial: Trial) -> int:
     """Labelled images that the encoder was pretrained on, by the provenance in its encoder.json."""
     provenance = read_provenance(trial.settings.probe.encoder)
     known = {(data["dataset"], data["records"]) for data in provenance.get("data", [])}
-    sources = zip(trial.shards.folders, trial.shards.manifests, strict=True)
-    folders = {folder for folder, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
+    sources = zip(trial.shards.roots, trial.shards.manifests, strict=True)
+    roots = {root for root, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
     split = provenance.get("split")
-    rows = [(trial.shards.paths[i].parent, trial.shards.rows[i]) for i in trial.task.chosen]
-    return sum(path in folders and (split is None or row["split"] in ("", split)) for path, row in rows)
+    rows = [(trial.shards.root(i), trial.shards.rows[i]) for i in trial.task.chosen]
+    return sum(root in roots and (split is None or row["split"] in ("", split)) for root, row in rows)
 
 
 def mean_of(probed: list[Probed]) -> Estimate:

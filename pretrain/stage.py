@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from ..data.opening import open_shards
 from ..data.shards import ShardDataset
 from ..data.stream import FAULT, EpochStream, ViewDataset, collate
 from ..data.views import MultiScaleViews, Normalisation
@@ -39,11 +40,12 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
     """
     settings = load(PretrainConfig, config, arguments)
     accelerator = make_accelerator(settings.train.precision)
-    shards = ShardDataset(settings.data.shards, settings.data.split, settings.data.cache_mb)
+    shards = open_shards(settings.data)
     card = encoder_card(settings, shards)
     model = build_model(settings.model, card, settings.seed)
     views = build_views(settings, card, model)
-    stream = EpochStream(shards, views, settings.train.batch_size, settings.seed, settings.data.workers)
+    skip = settings.data.on_damage == "skip"
+    stream = EpochStream(shards, views, settings.train.batch_size, settings.seed, settings.data.workers, skip=skip)
     run = Run(Path(settings.out), "pretrain")
     trainer = Trainer(run, model, stream, settings.train, settings.seed, accelerator)
     if accelerator.is_main_process:

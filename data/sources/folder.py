@@ -1,83 +1,117 @@
-"""Any folder of grayscale images, with a table of what is known of them.
+"""Any folder of images, DICOM among them, with a table of what is known of them and a folder of their masks.
 
-    SRC/**/*.png|pgm|tif|jpg|bmp
-    LABELS.csv      file, and any of: patient, exam, laterality, view, split, spacing_mm; every other column is a label
+    SRC/**/*.png|pgm|tif|jpg|bmp|dcm, and DICOM files of any name
+    LABELS.csv      file, and any of: patient, exam, laterality, view, split, spacing_mm, bits, max_value; every other
+                    column is a label
+    MASKS/**        see masks.py; may lie in SRC, or be SRC
 
 `file` is the path below SRC, or its name where that is unique, with or without suffix. Without a table, or without its
 `patient` column, nobody knows which images belong together: each counts as a patient, which leaks between splits if
-that is wrong.
+that is wrong. `bits` or `max_value` says how far the pixels reach where the file has room for more: 12 bits come as
+0 … 4095 in files of 16.
 """
 
 from __future__ import annotations
 
-import csv
-import math
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from ...engine.errors import UserError
-from ..image import SUFFIXES, read_film, stamp
-from ..ingest import Archive
-from ..record import Label, Record
+from ..archive import Archive, SourceOptions
+from ..dicom import DicomOptions
+from ..image import SUFFIXES, UnreadableImage, in_colour, opened, read_film, stamp, stored_range
+from ..reading import is_image, read_file
+from ..record import Film, MaskKind, Record
+from .labels import KNOWN, Row, max_value, read_table, side, spacing_mm
+from .masks import MaskFile, pair, split_shared, stem_of, with_masks
 
-KNOWN = ("file", "patient", "exam", "laterality", "view", "split", "spacing_mm")
-IDENTIFYING = re.compile(r"patient|name|birth|dob|mrn|accession|address|phone|(^|_)uid", re.IGNORECASE)
-Row = dict[str, str]
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "holdout"}
+SAMPLED = 16  # images whose range is looked at
+RANGES = (10, 12, 14)  # bits that detectors give, below the 16 of their files
+MOST_FINDINGS = 20  # different words in the names of masks
+Masks = dict[Path, list[MaskFile]]
 
 
-def read(src: Path, labels: Path | None = None) -> Archive:
+def read(src: Path, options: SourceOptions) -> Archive:
     """Every image below the folder that the table names, or all of them where there is no table.
 
     Raises:
-        UserError: no image in the folder, or a table that cannot be read or names none or unknown files.
+        UserError: no image in the folder, a table that cannot be read or names none or unknown files, masks that fit
+            no image or several.
     """
-    images = sorted(p for p in src.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    options.only("folder", "labels", "masks", "mask_kind", "channels", "dicom")
+    if options.masks is None and options.mask_kind == "classes":
+        raise UserError("--mask-kind says what masks hold; name their folder with --masks")
+    images, masks, strays = find(src, options.masks, options.mask_kind)
     if not images:
-        raise UserError(f"{src} holds no image ({', '.join(sorted(SUFFIXES))}); name a folder that does")
-    table = match_rows(src, images, read_table(labels)) if labels else {path: {} for path in images}
-    records = [record(src, path, row) for path, row in table.items()]
-    return Archive(dataset="folder", licence="unknown", records=records, notes=tuple(notes(images, table)))
+        raise UserError(f"{src} holds no image (DICOM, {', '.join(sorted(SUFFIXES))}); name a folder that does")
+    table = match_rows(src, images, read_table(options.labels)) if options.labels else {path: {} for path in images}
+    records = [record(src, path, row, masks.get(path, []), options) for path, row in table.items()]
+    return Archive(
+        dataset="folder",
+        licence="unknown",
+        records=records,
+        breast=options.channels == 1,
+        channels=options.channels,
+        notes=(*notes(images, table), *mask_notes(options.masks, images, table, masks, strays)),
+        settings={"masks": options.mask_kind} if options.masks else {},
+    )
 
 
-def notes(images: list[Path], table: dict[Path, Row]) -> Iterator[str]:
-    """What may be other than the user thinks."""
-    if len(images) > len(table):
-        yield f"{len(images) - len(table)} images are not in the label file and were left out"
-    lonely = sum(not row.get("patient") for row in table.values())
-    if lonely:
-        yield f"{lonely} images have no patient: each counts as one of its own, which leaks if that is wrong"
+# ---------------------------------------------------------------------------------------------- files
 
 
-def read_table(path: Path) -> list[Row]:
-    """The rows of the label file, stripped.
+def find(src: Path, folder: Path | None, kind: MaskKind) -> tuple[list[Path], Masks, list[Path]]:
+    """The images, the masks of those that have some, and masks of no image.
 
     Raises:
-        UserError: it is missing, not text, or has no `file` column.
+        UserError: the folder of masks is missing, holds none that fit, one that fits several images, or
+            several of classes for an image.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            rows = [{_column(k): (v or "").strip() for k, v in row.items() if k} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"the label file {path} cannot be read ({error})") from error
-    if not rows or "file" not in rows[0]:
-        raise UserError(f"the label file {path} needs a header with the column `file`, and rows below it")
-    telling = sorted(column for column in rows[0] if IDENTIFYING.search(column) and column not in KNOWN)
-    if telling:
+    if folder is None:
+        return [path for path in listed(src) if is_image(path)], {}, []
+    if not folder.is_dir():
+        raise UserError(f"the folder of masks {folder} is not there; name it with --masks")
+    place, masks_place = src.resolve(), folder.resolve()
+    if place.is_relative_to(masks_place):
+        images, files = split_shared([path for path in listed(src) if is_image(path)])
+        folder = src
+    else:
+        images = [p for p in listed(src) if not p.resolve().is_relative_to(masks_place) and is_image(p)]
+        files = [path for path in listed(folder) if path.suffix.lower() in SUFFIXES]
+    masks, strays = pair(images, src, files, folder)
+    if images and not masks:
         raise UserError(
-            f"the label file {path} has columns that may name a patient ({', '.join(telling)}), and labels are stored "
-            "in the clear: call the patient's id `patient` (it is hashed) and drop the others"
+            f"no mask in {folder} is called like an image of {src}: film7.png has film7.png there, or film7_mask.png, "
+            "film7_mask_1.png, film7_benign.png; rename them, or leave out --masks"
         )
-    return rows
+    several = next((image for image in masks if len(masks[image]) > 1), None)
+    if several is not None and kind == "classes":
+        raise UserError(f"{several} has {len(masks[several])} masks, and classes are numbered in one; join them")
+    return images, masks, strays
 
 
-def _column(name: str) -> str:
-    """A header as written, but for the known ones, whose case does not matter."""
-    name = name.strip()
-    return name.lower() if name.lower() in KNOWN else name
+def listed(folder: Path) -> list[Path]:
+    """Files below a folder, but for hidden ones, which systems leave behind.
+
+    Raises:
+        UserError: a name is no text.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder)
+        if any(part.startswith(".") or part == "__MACOSX" for part in below.parts) or not path.is_file():
+            continue
+        try:
+            str(below).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{folder} holds a file whose name is no UTF-8, {str(below)!a}; rename it") from error
+        found.append(path)
+    return found
 
 
 def match_rows(src: Path, images: list[Path], rows: list[Row]) -> dict[Path, Row]:
@@ -104,43 +138,146 @@ def match_rows(src: Path, images: list[Path], rows: list[Row]) -> dict[Path, Row
 
 
 def _names(src: Path, path: Path) -> set[str]:
-    return {path.relative_to(src).with_suffix("").as_posix(), path.name, path.stem}
+    stem = stem_of(path)
+    return {path.relative_to(src).with_name(stem).as_posix(), path.name, stem}
 
 
-def record(src: Path, path: Path, row: Row) -> Record:
+# ---------------------------------------------------------------------------------------------- records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a file is read: in a worker, so with nothing in it that only this process has."""
+
+    path: Path
+    dicom: DicomOptions
+    channels: Literal[1, 3]
+    spacing_mm: float | None = None
+    max_value: int | None = None
+    masks: tuple[Path, ...] = ()
+    mask_kind: MaskKind = "instances"
+
+
+def read_one(how: Reading) -> Film:
+    """The film with its masks and the range the table tells.
+
+    Raises:
+        UnreadableImage: the image or a mask cannot be used, or the pixels lie beyond the table's range.
+    """
+    film = read_file(how.path, how.dicom, channels=how.channels, spacing_mm=how.spacing_mm)
+    if how.channels == 3:
+        film = replace(film, pixels=in_colour(film.pixels))  # DICOM is gray
+    if how.max_value is not None:
+        if how.max_value > film.max_value:
+            raise UnreadableImage(f"its file ends at {film.max_value}, and the table says {how.max_value}")
+        if film.pixels.max() > how.max_value:
+            raise UnreadableImage(f"it holds {film.pixels.max()}, and the table ends at {how.max_value}")
+        film = replace(film, max_value=how.max_value)
+    return with_masks(film, how.masks, how.mask_kind)
+
+
+def record(src: Path, path: Path, row: Row, masks: Sequence[MaskFile], options: SourceOptions) -> Record:
     """An image's record.
 
     Raises:
-        UserError: spacing_mm is no number.
+        UserError: a cell of its row makes no sense.
     """
     name = path.relative_to(src).as_posix()
-    spacing = _spacing(row.get("spacing_mm", ""), name)
-    return Record(
-        read=partial(read_film, path, spacing),
+    spacing, largest = spacing_mm(row, name), max_value(row, name)
+    if largest is not None and path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"the label file gives {name} a range, which a DICOM file tells itself; leave it empty")
+    how = Reading(
+        path=path,
+        dicom=options.dicom,
+        channels=options.channels,
         spacing_mm=spacing,
-        stamp=stamp(path),
+        max_value=largest,
+        masks=tuple(mask.path for mask in masks),
+        mask_kind=options.mask_kind,
+    )
+    finding = "+".join(sorted({mask.finding for mask in masks if mask.finding}))
+    stamps = [stamp(file) for file in (path, *how.masks)] + ([f"max {largest}"] if largest else [])
+    return Record(
+        read=partial(read_one, how),
+        spacing_mm=spacing,
+        stamp=", ".join(stamps),
         name=name,
         image_id=name,
         patient_id=row.get("patient") or f"file:{name}",
         exam_id=row.get("exam", ""),
-        laterality=row.get("laterality", "").upper()[:1],
+        laterality=side(row, name),
         view=row.get("view", "").upper(),
         split=row.get("split", ""),
-        labels=_labels(row),
+        labels=({"finding": finding} if finding else {})
+        | {column: value for column, value in row.items() if column not in KNOWN and value},
     )
 
 
-def _labels(row: Row) -> dict[str, Label]:
-    return {column: value for column, value in row.items() if column not in KNOWN and value}
+# ---------------------------------------------------------------------------------------------- notes
 
 
-def _spacing(text: str, name: str) -> float | None:
-    if not text:
-        return None
+def notes(images: Collection[Path], table: dict[Path, Row]) -> Iterator[str]:
+    """What may be other than the user thinks."""
+    if len(images) > len(table):
+        yield f"{len(images) - len(table)} images are not in the label file and were left out"
+    lonely = sum(not row.get("patient") for row in table.values())
+    if lonely:
+        yield f"{lonely} images have no patient: each counts as one of its own, which leaks if that is wrong"
+    splits = Counter(row.get("split", "") for row in table.values())
+    if {name for name in splits if name} - SPLITS:
+        found = ", ".join(f"{name or 'none'} ({count})" for name, count in sorted(splits.items()))
+        yield f"the splits are called {found}: correct the table if one is misspelt"
+    yield from range_note([path for path, row in table.items() if not row.get("bits") and not row.get("max_value")])
+
+
+def range_note(paths: Sequence[Path]) -> Iterator[str]:
+    """Whether files of 16 bits hold fewer, as far as a few of them tell."""
+    files = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    largest = []
+    for path in files[:: max(1, -(-len(files) // SAMPLED))]:
+        if (value := largest_of_16_bits(path)) is not None:
+            largest.append(value)
+            if value >= 2 ** max(RANGES):
+                return
+    bits = next((n for n in RANGES if largest and max(largest) < 2**n), None)
+    if bits is not None:
+        yield (
+            f"the {len(largest)} images of 16 bits that were looked at stay below {2**bits}: if they hold {bits} bits, "
+            f"say so with a column `bits` ({bits}) in the label file, else they count as 16 bits and are dark"
+        )
+
+
+def largest_of_16_bits(path: Path) -> int | None:
+    """The largest value of a file with room for 65535; None for others, and for those that cannot be read."""
     try:
-        spacing = float(text)
-    except ValueError:
-        spacing = 0.0
-    if not (math.isfinite(spacing) and spacing > 0):
-        raise UserError(f"the label file gives {name} the spacing_mm {text!r}; it must be a length in millimetres")
-    return spacing
+        with opened(path) as image:
+            if stored_range(image) < 2**16 - 1:
+                return None
+        film = read_film(path)
+    except UnreadableImage:
+        return None
+    return int(film.pixels.max())
+
+
+def mask_notes(
+    folder: Path | None, images: Sequence[Path], table: dict[Path, Row], masks: Masks, strays: Sequence[Path]
+) -> Iterator[str]:
+    """Which images have no mask, which masks no image, and what the masks' names say."""
+    if folder is None:
+        if likely := len(split_shared(list(images))[1]):
+            yield f"{likely} images are called like masks of others: if they are, name their folder with --masks"
+        return
+    bare = sum(path not in masks for path in table)
+    if bare:
+        yield f"{bare} images have no mask"
+    if strays:
+        yield f"{len(strays)} masks belong to no image, such as {strays[0].name}"
+    findings = Counter(mask.finding for path in table for mask in masks.get(path, []) if mask.finding)
+    if len(findings) > MOST_FINDINGS:
+        raise UserError(
+            f"the masks' names hold {len(findings)} different words behind those of the images, such as "
+            f"{', '.join(sorted(findings)[:3])}, which would be stored as labels; rename the masks"
+        )
+    if findings:
+        told = ", ".join(f"{name} ({count})" for name, count in sorted(findings.items()))
+        yield f"the masks' names tell the findings {told}: kept as the label `finding`"

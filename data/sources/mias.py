@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from ...engine.errors import UserError
+from ..archive import Archive, SourceOptions
 from ..image import UnreadableImage, read_film, stamp
-from ..ingest import Archive
 from ..record import Circle, Film, Record
 
 SIDE = 1024
@@ -37,14 +37,13 @@ class Finding:
     circle: Circle | None
 
 
-def read(src: Path, labels: Path | None = None) -> Archive:
+def read(src: Path, options: SourceOptions) -> Archive:
     """The films that are there, with the table's labels.
 
     Raises:
-        UserError: no film or no table in the folder, or a label file was given (the table is the labels).
+        UserError: no film or no table in the folder, or an option was given (the archive's table is the labels).
     """
-    if labels is not None:
-        raise UserError("the mias source reads its own table; leave out --labels, or use `ingest folder`")
+    options.only("mias")
     films = {p.stem.lower(): p for p in sorted(src.rglob("*")) if FILM.fullmatch(p.name)}
     if not films:
         raise UserError(f"{src} holds no mdbNNN.pgm; name the folder of the mini-MIAS films")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from ..ingest import Archive, Outcome, ingest
+from ..archive import Archive
+from ..ingest import Outcome, ingest
 from ..phantom import PhantomSettings, records
 
 # Phantoms have no secrets: a fixed key gives the same phantoms the same bytes everywhere.

@@ -14,7 +14,7 @@ import pytest
 from miram.data.image import encode_png
 from miram.data.phantom import PhantomSettings
 from miram.data.record import Film, Pixels
-from miram.data.shards import Encoded, seal, write_shards
+from miram.data.layout import Encoded, Moments, finished, seal, write_tar
 from miram.data.sources.phantom import make_phantoms
 
 Build = Callable[..., Path]
@@ -48,18 +48,13 @@ def build(tmp_path: Path) -> Build:
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        rows = {}
+        shards = []
         for start in range(0, len(images), per_shard):
-            part = folder / "part"
-            part.mkdir()
+            path = folder / f"shard-{start // per_shard:06d}.tar"
             numbers = range(start, min(start + per_shard, len(images)))
-            rows |= write_shards(part, [encoded(name, i, images[i], splits, labels) for i in numbers])
-            (part / "shard-000000.tar").rename(folder / f"shard-{start // per_shard:06d}.tar")
-            part.rmdir()
-        fractions = np.concatenate([image.ravel() / np.iinfo(image.dtype).max for image in images])
-        moments = {"n": fractions.size, "mean": float(fractions.mean()), "std": float(fractions.std())}
-        facts = {"dataset": name, "pixels": moments}
-        seal(folder, rows, facts)
+            rows, moments = write_tar(path, [encoded(name, i, images[i], splits, labels) for i in numbers])
+            shards.append(finished(path, rows, moments))
+        seal(folder, shards, {"dataset": name, "licence": "none", "records": name})
         return folder
 
     return make
@@ -67,12 +62,15 @@ def build(tmp_path: Path) -> Build:
 
 def encoded(name: str, i: int, image: Pixels, splits: Sequence[str], labels: Sequence[dict[str, str]]) -> Encoded:
     row = {
+        "dataset": name,
         "split": splits[i] if splits else "",
         "max_value": np.iinfo(image.dtype).max,
         **({f"label_{task}": label for task, label in labels[i].items()} if labels else {}),
     }
     key = f"{re.sub('[^0-9a-z_-]', '-', name)}-{i:04d}"
-    return Encoded(key, row, {"png": encode_png(image), "json": json.dumps({"i": i}).encode()})
+    members = {"png": encode_png(image), "json": json.dumps({"i": i}).encode()}
+    moments = Moments.of(Film(pixels=image, max_value=int(np.iinfo(image.dtype).max)))
+    return Encoded(key, row, members, moments)
 
 
 @pytest.fixture(scope="session")

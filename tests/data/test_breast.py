@@ -1,12 +1,8 @@
-import json
-
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from miram.data.breast import Geometry, find_breast, isolate
+from miram.data.breast import find_breast, isolate
 from miram.data.record import Circle, Film, Pixels
 
 HEIGHT, WIDTH = 900, 760
@@ -235,84 +231,3 @@ class TestIsolate:
         pixels[50:130, 600:720] = 4000
         with pytest.raises(ValueError, match=r"covers 1\.\d% of the frame"):
             isolate(Film(pixels=pixels, max_value=4095))
-
-
-@st.composite
-def geometries(draw: st.DrawFn) -> Geometry:
-    height, width = draw(st.integers(1, 30)), draw(st.integers(1, 30))
-    top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
-    return Geometry(
-        height=height,
-        width=width,
-        top=top,
-        left=left,
-        bottom=draw(st.integers(top + 1, height)),
-        right=draw(st.integers(left + 1, width)),
-        flipped=draw(st.booleans()),
-    )
-
-
-def numbered(*shape: int) -> NDArray[np.uint16]:
-    """Every pixel its own number, none of them zero."""
-    return np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
-
-
-class TestGeometry:
-    @given(geometries(), st.sampled_from([(), (1,), (3,)]))
-    def test_restore_undoes_apply(self, g: Geometry, channels: tuple[int, ...]) -> None:
-        image = numbered(g.height, g.width, *channels)
-        box = np.zeros((g.height, g.width, *channels), bool)
-        box[g.top : g.bottom, g.left : g.right] = True
-        stored = g.apply(image)
-        assert stored.shape == (*g.shape, *channels) == (g.bottom - g.top, g.right - g.left, *channels)
-        assert np.array_equal(g.restore(stored), np.where(box, image, 0))
-
-    @given(geometries())
-    def test_apply_undoes_restore(self, g: Geometry) -> None:
-        stored = numbered(*g.shape)
-        assert np.array_equal(g.apply(g.restore(stored)), stored)
-
-    @given(geometries(), st.integers(-400, 400), st.integers(-400, 400))
-    def test_circle_round_trip_is_exact(self, g: Geometry, x: int, y: int) -> None:
-        circle = Circle(x=x / 8, y=y / 8, radius=2.5, label="mass")
-        assert g.restore_circle(g.apply_circle(circle)) == circle
-        assert g.apply_circle(g.restore_circle(circle)) == circle
-
-    @given(geometries(), st.data())
-    def test_circle_goes_where_its_pixel_goes(self, g: Geometry, data: st.DataObject) -> None:
-        x, y = data.draw(st.integers(g.left, g.right - 1)), data.draw(st.integers(g.top, g.bottom - 1))
-        image = numbered(g.height, g.width)
-        circle = g.apply_circle(Circle(x=x, y=y, radius=1))
-        assert g.apply(image)[int(circle.y), int(circle.x)] == image[y, x]
-
-    @given(geometries())
-    def test_json_round_trip(self, g: Geometry) -> None:
-        assert Geometry.from_dict(json.loads(json.dumps(g.as_dict()))) == g
-
-    def test_json_of_a_real_one(self) -> None:
-        _, geometry = isolate(Film(pixels=digital("R")[0], max_value=4095))
-        assert Geometry.from_dict(json.loads(json.dumps(geometry.as_dict()))) == geometry
-
-    def test_flip_by_hand(self) -> None:
-        g = Geometry(height=2, width=5, top=1, left=1, bottom=2, right=4, flipped=True)
-        assert g.apply(numbered(2, 5)).tolist() == [[9, 8, 7]]
-        assert g.apply_circle(Circle(x=1, y=1, radius=1)) == Circle(x=2, y=0, radius=1)
-
-    def test_whole_changes_nothing_and_copies(self) -> None:
-        image = numbered(4, 6)
-        same = Geometry.whole(4, 6).apply(image)
-        assert np.array_equal(same, image)
-        assert not np.shares_memory(same, image)
-
-    @pytest.mark.parametrize("box", [(-1, 0, 4, 6), (0, 0, 5, 6), (0, 0, 4, 7), (2, 0, 2, 6), (0, 3, 4, 3)])
-    def test_box_outside_the_film_is_refused(self, box: tuple[int, int, int, int]) -> None:
-        top, left, bottom, right = box
-        with pytest.raises(ValueError, match="crop box"):
-            Geometry(height=4, width=6, top=top, left=left, bottom=bottom, right=right, flipped=False)
-
-    def test_image_of_another_size_is_refused(self) -> None:
-        g = Geometry(height=4, width=6, top=0, left=0, bottom=2, right=6, flipped=False)
-        with pytest.raises(ValueError, match="this geometry is for"):
-            g.apply(numbered(6, 4))
-        with pytest.raises(ValueError, match="this geometry is for"):
-            g.restore(numbered(4, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import replace
 from functools import partial
@@ -10,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miram.data import ingest as module
-from miram.data.image import encode_png, read_film
-from miram.data.ingest import Archive, Moments, ingest
+from miram.data import writer
+from miram.data.geometry import Size
+from miram.data.image import encode_png, read_film, stamp
+from miram.data.archive import Archive
+from miram.data.ingest import ingest, skipped_file
 from miram.data.phantom import PhantomSettings, records
 from miram.data.record import Film, Record
-from miram.data.shards import ShardDataset, read_manifest, verify
+from miram.data.layout import Moments
+from miram.data.shards import ShardDataset, read_manifest
+from miram.data.verify import verify
 from miram.engine.errors import UserError
 
 SECRET = b"sixteen bytes or more"
@@ -78,7 +83,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_written(archive: Archive, out
     outcome = ingest(archive, out, SECRET, workers=1)
     assert (outcome.samples, outcome.unchanged) == (2, False)
     assert list(outcome.skipped) == ["jane-doe-0.png", "jane-doe-1.png"]
-    assert "truncated" in outcome.skipped["jane-doe-0.png"]
+    assert "cut short" in outcome.skipped["jane-doe-0.png"]
     assert len(ShardDataset(out)) == 2
     assert read_manifest(out)["skipped"] == 2
     assert not list(verify(out))
@@ -100,22 +105,38 @@ def test_where_nothing_can_be_read_nothing_is_left(archive: Archive, out: Path) 
     assert list(out.parent.iterdir()) == []
 
 
+def test_what_is_left_out_is_listed_beside_the_set_and_not_in_it(archive: Archive, out: Path) -> None:
+    spoil(archive, 2)
+    ingest(archive, out, SECRET, workers=1)
+    rows = list(csv.DictReader(skipped_file(out).read_text().splitlines()))
+    assert [row["file"] for row in rows] == ["jane-doe-0.png", "jane-doe-1.png"]
+    assert all(row["reason"] for row in rows)
+    assert out not in skipped_file(out).parents
+
+
+def test_images_of_one_id_are_refused_by_name(archive: Archive, out: Path) -> None:
+    twin = replace(archive.records[1], image_id=archive.records[3].image_id)
+    with pytest.raises(UserError, match=r"jane-doe-3\.png and jane-doe-1\.png"):
+        ingest(replace(archive, records=[archive.records[0], twin, *archive.records[2:]]), out, SECRET, workers=1)
+
+
 def test_no_records_is_an_error(archive: Archive, out: Path) -> None:
     with pytest.raises(UserError, match="no image"):
         ingest(replace(archive, records=[]), out, SECRET)
 
 
-def test_a_crash_leaves_nothing(archive: Archive, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_leaves_no_half_set(archive: Archive, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
-        assert any(out.with_name(".set.miram-partial").glob("*.tar"))
+        assert any(out.with_name(".set.miram-partial").glob("set/*.tar"))
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(module, "seal", crash)
+    monkeypatch.setattr(writer, "seal", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         ingest(archive, out, SECRET, workers=1)
-    assert list(out.parent.iterdir()) == []
+    assert not out.exists()
     monkeypatch.undo()
     assert ingest(archive, out, SECRET, workers=1).samples == 4
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_what_a_killed_run_left_is_swept_away(archive: Archive, out: Path) -> None:
@@ -164,13 +185,23 @@ def test_a_corrected_table_is_another_data_set(archive: Archive, out: Path, fiel
 
 
 def test_an_image_that_was_repaired_is_not_passed_over(archive: Archive, out: Path) -> None:
+    def stamped() -> Archive:
+        return replace(archive, records=[replace(r, stamp=stamp(r.read.args[0])) for r in archive.records])  # type: ignore[attr-defined]
+
     path = archive.records[0].read.args[0]  # type: ignore[attr-defined]
     sound = path.read_bytes()
     path.write_text("no image")
-    ingest(archive, out, SECRET, workers=1)
+    ingest(stamped(), out, SECRET, workers=1)
+    assert ingest(stamped(), out, SECRET, workers=1).unchanged
     path.write_bytes(sound)
-    with pytest.raises(UserError, match="lacks 1 images"):
-        ingest(archive, out, SECRET, workers=1)
+    with pytest.raises(UserError, match="another data set"):
+        ingest(stamped(), out, SECRET, workers=1)
+
+
+def test_the_same_images_with_another_option_are_told_from_other_images(archive: Archive, out: Path) -> None:
+    ingest(archive, out, SECRET, workers=1)
+    with pytest.raises(UserError, match="of the same images; it differs in preprocessing"):
+        ingest(archive, out, SECRET, workers=1, size=Size(max_size=32))
 
 
 def test_a_folder_with_something_else_is_refused(archive: Archive, out: Path) -> None:
@@ -228,9 +259,7 @@ def test_without_breast_steps_an_image_stays_whole(archive: Archive, out: Path) 
 def test_moments_are_those_of_all_pixels() -> None:
     rng = np.random.default_rng(0)
     films = [Film(pixels=rng.integers(0, 4096, (9, 7 + i), dtype=np.uint16), max_value=4095) for i in range(5)]
-    moments = Moments()
-    for film in films:
-        moments.add(Moments.of(film))
+    moments = sum(map(Moments.of, films), Moments())
     x = np.concatenate([film.pixels.ravel() / 4095 for film in films])
     assert moments.statistics() == pytest.approx({"n": x.size, "mean": x.mean(), "std": x.std()}, rel=1e-12)
 

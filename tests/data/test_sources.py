@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
+from miram.data.archive import SourceOptions
 from miram.data.image import UnreadableImage
-from miram.data.ingest import Archive, ingest
+from miram.data.ingest import ingest
 from miram.data.record import Record
 from miram.data.shards import ShardDataset
-from miram.data.sources import read_archive
+from miram.data.sources import SOURCES, read_archive
 from miram.engine.errors import UserError
 
 SECRET = b"sixteen bytes or more"
@@ -138,7 +140,7 @@ def test_mias_without_films_or_table_is_refused(tmp_path: Path) -> None:
 
 def test_mias_takes_no_label_file(mias_files: Path) -> None:
     with pytest.raises(UserError, match="--labels"):
-        read_archive("mias", mias_files, mias_files / "Info.txt")
+        read_archive("mias", mias_files, SourceOptions(labels=mias_files / "Info.txt"))
 
 
 def test_a_mias_film_of_another_size_is_unreadable(tmp_path: Path) -> None:
@@ -155,113 +157,18 @@ def test_mias_film_names_may_be_upper_case(tmp_path: Path) -> None:
     assert len(read_archive("mias", tmp_path).records) == 1
 
 
-# ---------------------------------------------------------------------------------------------- folder
+# ---------------------------------------------------------------------------------------------- all
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """a.png and b.png below one/, a.png below two/; a file that is no image, and a hidden one."""
-    src = tmp_path / "src"
-    for i, name in enumerate(("one/a.png", "one/b.png", "two/a.png")):
-        (src / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8), i, np.uint8)).save(src / name)
-    (src / "notes.doc").write_text("text")
-    (src / "one" / "._a.png").write_text("a fork of a resource")
-    return src
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_says_how_it_is_called(source: str) -> None:
+    """Each is imported when it is named, so only this finds one that is not there."""
+    module = import_module(f"miram.data.sources.{SOURCES[source]}")
+    assert list(inspect.signature(module.read).parameters) == ["src", "options"]
+    assert "SRC/" in (module.__doc__ or "")
 
 
-def table(images: Path, text: str, encoding: str = "utf-8") -> Archive:
-    """The folder read with a label file of that text."""
-    file = images.parent / "labels.csv"
-    file.write_text(text, encoding=encoding)
-    return read_archive("folder", images, file)
-
-
-def test_a_folder_without_a_table_is_all_its_images_each_a_patient(images: Path) -> None:
-    archive = read_archive("folder", images)
-    assert [record.name for record in archive.records] == ["one/a.png", "one/b.png", "two/a.png"]
-    assert [int(record.read().pixels[0, 0]) for record in archive.records] == [0, 1, 2]
-    assert len({record.patient_id for record in archive.records}) == 3
-    assert any("no patient" in note for note in archive.notes)
-
-
-@pytest.mark.parametrize("name", ["one/b.png", "one/b", "b.png", "b"])
-def test_a_row_names_its_image_by_path_or_name_with_or_without_suffix(images: Path, name: str) -> None:
-    archive = table(images, f"file,patient\n{name},p\n")
-    assert [record.name for record in archive.records] == ["one/b.png"]
-    assert int(archive.records[0].read().pixels[0, 0]) == 1
-    assert archive.notes == ("2 images are not in the label file and were left out",)
-
-
-def test_known_columns_describe_and_others_are_labels(images: Path) -> None:
-    text = "file,patient,exam,laterality,view,split,spacing_mm,mass,note\none/a, p1 ,e,left,mlo,test,0.07,1,\n"
-    (record,) = table(images, text).records
-    assert (record.patient_id, record.exam_id, record.laterality, record.view) == ("p1", "e", "L", "MLO")
-    assert (record.split, record.labels, record.read().spacing_mm) == ("test", {"mass": "1"}, 0.07)
-
-
-def test_a_byte_order_mark_is_no_part_of_the_header(images: Path) -> None:
-    assert table(images, "file,patient\nb,p\n", encoding="utf-8-sig").records[0].patient_id == "p"
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("file\na.png\n", r"several images"),
-        ("file\na\n", r"several images"),
-        ("file\nc.png\n", r"'c\.png'.*no image"),
-        ("file\nb.png\none/b.png\n", r"twice"),
-        ("image,patient\nb.png,p\n", r"column `file`"),
-        ("file,patient\n", r"column `file`"),
-        ("", r"column `file`"),
-        ("file,spacing_mm\nb,thick\n", r"one/b\.png.*'thick'"),
-        ('file,spacing_mm\nb,"0,1"\n', r"'0,1'"),
-    ],
-)
-def test_a_table_that_does_not_fit_is_refused(images: Path, text: str, complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
-        table(images, text)
-
-
-@pytest.mark.parametrize("spacing", ["nan", "inf", "0", "-0.1"])
-def test_a_spacing_that_is_no_length_is_refused(images: Path, spacing: str) -> None:
-    with pytest.raises(UserError, match="spacing"):
-        table(images, f"file,spacing_mm\nb,{spacing}\n")
-
-
-def test_a_full_path_wins_over_a_name_deeper_down(images: Path) -> None:
-    Image.fromarray(np.full((8, 8), 9, np.uint8)).save(images / "b.png")
-    assert table(images, "file\nb.png\none/b.png\n").records[0].name == "b.png"
-
-
-@pytest.mark.parametrize("header", ["Patient", "PATIENT"])
-def test_a_header_in_capitals_gives_no_patient_away(images: Path, header: str) -> None:
-    records = table(images, f"file,{header}\nb,Jane Doe\n").records
-    assert all("Jane Doe" not in record.labels.values() for record in records)
-
-
-def test_a_label_file_that_is_missing_or_no_text_is_refused(images: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.csv"):
-        read_archive("folder", images, images / "absent.csv")
-    with pytest.raises(UserError, match=r"a\.png"):
-        read_archive("folder", images, images / "one" / "a.png")
-
-
-def test_16_bit_files_of_a_folder_keep_every_level_in_the_shards(tmp_path: Path) -> None:
-    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    (tmp_path / "src").mkdir()
-    Image.fromarray(levels).save(tmp_path / "src" / "levels.png")
-    archive = read_archive("folder", tmp_path / "src")
-    ingest(Archive(dataset="d", licence="", records=archive.records, breast=False), tmp_path / "set", SECRET, workers=1)
-    stored = ShardDataset(tmp_path / "set")[0]
-    np.testing.assert_array_equal(stored.pixels, levels)
-    assert (stored.max_value, stored.meta["bits"]) == (65535, 16)
-
-
-# ---------------------------------------------------------------------------------------------- both
-
-
-@pytest.mark.parametrize("source", ["folder", "mias"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_folder_that_is_missing_or_empty_is_refused_by_name(tmp_path: Path, source: str) -> None:
     for src in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match=str(src)):
@@ -271,3 +178,22 @@ def test_a_folder_that_is_missing_or_empty_is_refused_by_name(tmp_path: Path, so
 def test_an_unknown_source_is_met_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'mias'"):
         read_archive("mais", tmp_path)
+
+
+def test_a_misspelt_folder_is_met_with_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "mammograms").mkdir()
+    with pytest.raises(UserError, match=r"did you mean .*/mammograms\?"):
+        read_archive("folder", tmp_path / "mamograms")
+    with pytest.raises(UserError, match="is not there; name"):
+        read_archive("folder", tmp_path / "nothing alike")
+
+
+def test_a_file_is_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "archive.zip").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file"):
+        read_archive("folder", tmp_path / "archive.zip")
+
+
+def test_an_option_that_a_source_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mias knows no --masks"):
+        read_archive("mias", tmp_path, SourceOptions(masks=tmp_path))

@@ -101,14 +101,14 @@ def test_ranks_and_micro_batches_share_out_the_same_batches(shards: ShardDataset
 @given(st.integers(0, 40))
 def test_a_batch_is_a_function_of_its_number(shards_of_forty: EpochStream, batch: int) -> None:
     epoch, t = divmod(batch, 5)
-    order = epoch_order((40,), 0, epoch)
+    order = epoch_order(shards_of_forty.shard_sizes, 0, epoch)
     assert shards_of_forty.places(batch) == [(int(i), epoch) for i in order[8 * t : 8 * t + 8]]
 
 
 @pytest.fixture(scope="module")
 def shards_of_forty(phantoms: Path) -> EpochStream:
     forty = ShardDataset(phantoms)
-    forty.rows, forty.paths = (forty.rows * 4)[:40], (forty.paths * 4)[:40]
+    forty.rows = forty.rows.take([i % len(forty) for i in range(40)])
     return stream(forty)
 
 
@@ -141,10 +141,14 @@ def test_a_batch_larger_than_the_data_is_refused(shards: ShardDataset) -> None:
 # ---------------------------------------------------------------------------------------------- damage
 
 
+def first_shard(shards: ShardDataset) -> Path:
+    return min(Path(shards.roots[0]).glob("*.tar"))
+
+
 @pytest.fixture
 def damaged(shards: ShardDataset) -> ShardDataset:
     """The first shard is cut after its first header."""
-    shard = min(shards.paths)
+    shard = first_shard(shards)
     shard.write_bytes(shard.read_bytes()[:600])
     return shards
 
@@ -173,7 +177,7 @@ def collected() -> Iterator[None]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_shard_is_one_sentence(damaged: ShardDataset, workers: int, collected: None) -> None:
     said = complaint(damaged, workers)
-    assert str(min(damaged.paths)) in said
+    assert str(first_shard(damaged)) in said
     assert "Traceback" not in said
     assert "\n" not in said.strip()
 
@@ -185,3 +189,50 @@ def test_a_worker_says_what_the_main_process_would_say(damaged: ShardDataset, co
 def test_after_an_error_no_worker_is_left(damaged: ShardDataset, collected: None) -> None:
     assert complaint(damaged, 2)
     assert not multiprocessing.active_children()
+
+
+# ---------------------------------------------------------------------------------------------- skipping
+
+
+def skipping(shards: ShardDataset, workers: int = 0) -> EpochStream:
+    return EpochStream(shards, mark, 8, 0, workers, skip=True)
+
+
+@pytest.fixture
+def holed(build: Build) -> ShardDataset:
+    """50 images in 17 shards; image 20 is damaged and the shard of 30, 31 and 32 is gone."""
+    shards = ShardDataset(build([np.full((8, 8), i, np.uint8) for i in range(50)], per_shard=3))
+    row = shards.rows[20]
+    path = Path(shards.roots[0]) / row["shard"]
+    raw = bytearray(path.read_bytes())
+    raw[int(row["png_offset"]) : int(row["png_offset"]) + 8] = b"\0" * 8
+    path.write_bytes(raw)
+    (Path(shards.roots[0]) / "shard-000010.tar").unlink()
+    return shards
+
+
+def test_what_is_damaged_is_replaced_and_nothing_else_changes(holed: ShardDataset) -> None:
+    given = skipping(holed)
+    asked = [i for t in range(6) for i, _ in given.places(t)]
+    seen = [place[0] for place in places(given.batches(0, 0, 1, 8), 6)]
+    gone = {20, 30, 31, 32}
+    assert all((i == j) == (i not in gone) for i, j in zip(asked, seen, strict=True))
+    assert not gone & set(seen)
+    assert len(given.damaged) == len(gone & set(asked))
+    assert any(holed.rows[20]["key"] in reason for reason in given.damaged)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 2)])
+def test_what_stands_in_is_the_same_for_all_ranks_and_workers(holed: ShardDataset, world: int, workers: int) -> None:
+    alone = places(skipping(holed).batches(0, 0, 1, 8), 6)
+    ranks = [places(skipping(holed, workers).batches(0, rank, world, 8 // world), 6) for rank in range(world)]
+    share = 8 // world
+    together = [p for t in range(6) for rank in ranks for p in rank[t * share : (t + 1) * share]]
+    assert together == alone
+
+
+def test_where_nothing_can_stand_in_it_stops(holed: ShardDataset) -> None:
+    for path in Path(holed.roots[0]).glob("*.tar"):
+        path.unlink()
+    with pytest.raises(UserError, match="could stand in"):
+        next(skipping(holed).batches(0, 0, 1, 8))

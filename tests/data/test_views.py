@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional as F
 
 from miram.data.config import CropSection
+from miram.data.packed import PackedPixels, encode_npy
+from miram.data.resample import Box, area_down, resize
 from miram.data.shards import Sample
-from miram.data.views import MultiScaleViews, Normalisation, area_down, draw_box, resize, tissue_fraction, windows
+from miram.data.views import MultiScaleViews, Normalisation, draw_box, tissue_fraction, windows
 
 RAW = Normalisation(0, 1)
 WHOLE = CropSection(area=(1, 1), aspect=(1, 1), flip=False, tissue=0)
@@ -21,12 +29,17 @@ SIDES = st.integers(8, 200)
 VIEWS = st.tuples(st.integers(4, 64), st.integers(4, 64))
 
 
-def sample(pixels: NDArray[np.uint16], key: str = "k") -> Sample:
+def sample(pixels: NDArray[Any], key: str = "k") -> Sample:
     return Sample(key, pixels, int(np.iinfo(pixels.dtype).max), {})
 
 
-def noise(height: int = 90, width: int = 70) -> NDArray[np.uint16]:
-    return np.random.default_rng(0).integers(1, 65536, (height, width), dtype=np.uint16)
+def packed(unpacked: Sample) -> Sample:
+    content = encode_npy(np.asarray(unpacked.pixels))
+    return replace(unpacked, pixels=PackedPixels(lambda offset, size: content[offset : offset + size], len(content)))
+
+
+def noise(*shape: int) -> NDArray[np.uint16]:
+    return np.random.default_rng(0).integers(1, 65536, shape or (90, 70), dtype=np.uint16)
 
 
 @pytest.fixture
@@ -112,6 +125,97 @@ def test_views_are_shifted_and_scaled(views: MultiScaleViews) -> None:
     )
 
 
+def test_a_ramp_keeps_every_code_of_16_bits() -> None:
+    codes = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    view = MultiScaleViews((256, 256), (1,), 4, WHOLE, RAW, seed=0)(sample(codes), 0)["view/1"]
+    np.testing.assert_array_equal(np.round(view[0].numpy() * 65535), codes)
+    assert view.min() == 0
+    assert view.max() == 1
+
+
+def test_the_finest_detail_is_in_the_fine_view_and_gone_from_the_coarse_one() -> None:
+    """A one-pixel checkerboard: anything but an area mean would leave a pattern."""
+    board = (np.indices((96, 64)).sum(axis=0) % 2 * 60000).astype(np.uint16)
+    made = MultiScaleViews((48, 32), (1, 2), 4, WHOLE, RAW, seed=0)(sample(board), 0)
+    np.testing.assert_array_equal(made["view/2"][0].numpy(), (board / np.float32(65535)).astype(np.float32))
+    np.testing.assert_allclose(made["view/1"].numpy(), 30000 / 65535, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- resampling
+
+
+def brute_force(image: NDArray[Any], box: Box, size: tuple[int, int]) -> NDArray[np.float64]:
+    """Every output pixel as a weighted sum over all of the crop, in float64."""
+    top, left, height, width = box
+    part = image[int(top) : int(np.ceil(top + height)), int(left) : int(np.ceil(left + width))].astype(np.float64)
+
+    def weights(count: int, length: int, start: float, extent: float) -> NDArray[np.float64]:
+        scale = extent / count
+        at = start + (np.arange(count)[:, None] + 0.5) * scale
+        near = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - at) / max(scale, 1))
+        return near / near.sum(axis=1, keepdims=True)
+
+    rows = weights(size[0], part.shape[0], top - int(top), height)
+    return rows @ part @ weights(size[1], part.shape[1], left - int(left), width).T
+
+
+SMALL = st.integers(1, 60)
+
+
+@given(SMALL, SMALL, SMALL, SMALL, st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_a_crop_is_the_widened_triangle_filter(
+    height: int, width: int, rows: int, columns: int, places: list[float]
+) -> None:
+    image = noise(height, width)
+    extent = (1 + places[0] * (height - 1), 1 + places[1] * (width - 1))
+    box = (places[2] * (height - extent[0]), places[3] * (width - extent[1]), *extent)
+    expected = brute_force(image, box, (rows, columns))
+    np.testing.assert_allclose(resize(image, box, (rows, columns))[0], expected, rtol=2e-6)
+    mirrored = resize(image, box, (rows, columns), mirrored=True)[0]
+    np.testing.assert_allclose(mirrored, expected[:, ::-1], rtol=2e-6)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (300, 77), (30, 64), (700, 41)])
+def test_a_whole_image_is_resized_as_torch_and_pillow_do(size: tuple[int, int]) -> None:
+    image = noise(601, 200)
+    made = resize(image, (0, 0, 601, 200), size)
+    exact = torch.from_numpy(image.astype(np.float64))[None, None]
+    torch_made = F.interpolate(exact, size=size, mode="bilinear", antialias=True)[0, 0]
+    np.testing.assert_allclose(made[0], torch_made.numpy(), rtol=1e-5)
+    pillow = Image.fromarray(image.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(made[0], np.asarray(pillow), rtol=1e-5)
+
+
+@given(SMALL, SMALL, SMALL, SMALL)
+def test_areas_are_averaged_whatever_the_ratio(height: int, width: int, rows: int, columns: int) -> None:
+    """The integral image of the image, interpolated: its differences are exact areas."""
+    rows, columns = min(rows, height), min(columns, width)
+    image = np.random.default_rng(0).random((2, height, width), dtype=np.float32)
+    whole = np.pad(image.astype(np.float64).cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+
+    def at(edges: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+        low = np.minimum(edges.astype(int), values.shape[-1] - 2)
+        return values[..., low] * (low + 1 - edges) + values[..., low + 1] * (edges - low)
+
+    sums = at(np.linspace(0, width, columns + 1), whole)
+    sums = at(np.linspace(0, height, rows + 1), sums.swapaxes(1, 2)).swapaxes(1, 2)
+    areas = np.diff(np.diff(sums, axis=1), axis=2) * (rows * columns / height / width)
+    np.testing.assert_allclose(area_down(image, (rows, columns)), areas, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [(2, 2), (4, 4), (3, 1), (1, 5)])
+def test_whole_areas_are_those_of_pillow(ratio: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).random((1, 60, 80), dtype=np.float32)
+    size = (60 // ratio[0], 80 // ratio[1])
+    pillow = Image.fromarray(image[0]).resize(size[::-1], Image.Resampling.BOX)
+    np.testing.assert_allclose(area_down(image, size)[0], np.asarray(pillow), atol=1e-6)
+
+
+def test_area_down_of_the_same_size_changes_nothing() -> None:
+    image = noise().astype(np.float32)[None]
+    np.testing.assert_array_equal(area_down(image[..., ::-1], (90, 70)), image[..., ::-1])
+
+
 def test_shrinking_keeps_the_mean_and_uses_every_pixel() -> None:
     """Antialiased: without it, single bright pixels fall between the samples or count for many."""
     for y, x in ((200, 131), (201, 132), (203, 135)):
@@ -121,9 +225,62 @@ def test_shrinking_keeps_the_mean_and_uses_every_pixel() -> None:
         assert small.sum() == pytest.approx(60000 / 100, rel=0.02)
 
 
-def test_area_down_of_the_same_size_changes_nothing() -> None:
-    image = noise().astype(np.float32)
-    np.testing.assert_array_equal(area_down(image[:, ::-1], (90, 70)), image[:, ::-1])
+def test_pixels_are_the_same_for_any_number_of_threads() -> None:
+    """Sizes at which a product left whole would be shared among cores."""
+    program = (
+        "import hashlib, numpy; from miram.data.resample import resize;"
+        "image = numpy.random.default_rng(0).integers(0, 65536, (1500, 1200)).astype('uint16');"
+        "print(hashlib.sha256(resize(image, (0.3, 0.7, 1490.2, 1190.1), (896, 900))).hexdigest())"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2")
+    ]
+    assert runs[0] == runs[1] != ""
+
+
+# ---------------------------------------------------------------------------------------------- packed, colour
+
+
+@pytest.mark.parametrize("shape", [(90, 70), (64, 200), (90, 70, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_packed_pixels_give_the_same_views(views: MultiScaleViews, shape: tuple[int, ...], dtype: type) -> None:
+    pixels = (noise(*shape) >> (8 if dtype == np.uint8 else 0)).astype(dtype)
+    pixels[:, shape[1] // 2 :] = 0
+    for epoch in range(8):
+        made, same = views(sample(pixels), epoch), views(packed(sample(pixels)), epoch)
+        assert made.keys() == same.keys()
+        for name in made.keys() - {"key"}:
+            assert torch.equal(made[name], same[name])
+    assert torch.equal(windows(sample(pixels), (24, 16), RAW), windows(packed(sample(pixels)), (24, 16), RAW))
+
+
+def test_channels_are_treated_alike_and_normalised_each_by_its_own(views: MultiScaleViews) -> None:
+    colour = noise(90, 70, 3)
+    normal = replace(views, normalise=Normalisation((0.1, 0.2, 0.3), (1.0, 2.0, 4.0)))
+    made = normal(sample(colour), 1)
+    assert made["view/2"].shape == (3, 48, 32)
+    shown = windows(sample(colour), (30, 40), normal.normalise)
+    for channel, (mean, std) in enumerate(((0.1, 1.0), (0.2, 2.0), (0.3, 4.0))):
+        alone = views(sample(np.ascontiguousarray(colour[..., channel])), 1)
+        for scale in (1, 2, 4):
+            expected = (alone[f"view/{scale}"][0] - mean) / std
+            torch.testing.assert_close(made[f"view/{scale}"][channel], expected)
+        gray = windows(sample(colour[..., channel]), (30, 40), Normalisation(mean, std))
+        torch.testing.assert_close(shown[:, channel], gray[:, 0])
+
+
+def test_scales_that_are_no_multiples_of_each_other(views: MultiScaleViews) -> None:
+    made = replace(views, scales=(2, 3))(sample(noise()), 0)
+    assert made["view/2"].shape == (1, 48, 32)
+    assert made["view/3"].shape == (1, 72, 48)
+    assert made["view/2"].mean() == pytest.approx(made["view/3"].mean().item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- crops
@@ -147,7 +304,7 @@ def test_crops_lie_inside_the_image_and_have_the_shape_asked_for(
         assert share >= min(area) * (1 - 1e-9)
         assert 0.75 - 1e-4 <= (w / h) / (size[1] / size[0]) <= 1.3333 + 1e-4
     made = resize(np.ones((height, width), np.uint8), (top, left, h, w), size)
-    np.testing.assert_allclose(made, np.ones(size), atol=1e-5)
+    np.testing.assert_allclose(made, np.ones((1, *size)), atol=1e-5)
 
 
 def test_a_crop_shows_the_part_of_the_image_that_its_box_names() -> None:
@@ -155,7 +312,7 @@ def test_a_crop_shows_the_part_of_the_image_that_its_box_names() -> None:
     for image, along in ((y, 0), (x, 1)):
         made = resize(image.astype(np.uint16), (40.5, 30.25, 120, 80), (30, 20))
         centres = ((40.5, 30.25)[along] + (np.arange((30, 20)[along]) + 0.5) * 4) - 0.5
-        inner = made.mean(axis=1 - along)[1:-1]
+        inner = made[0].mean(axis=1 - along)[1:-1]
         np.testing.assert_allclose(inner, centres[1:-1], atol=0.05)
 
 
