@@ -28,6 +28,7 @@ console = Console()
 Out = Annotated[Path, typer.Argument(help="Folder to write; it must be new, empty, or hold the same data set.")]
 Folder = Annotated[Path, typer.Argument(help="A data set: the folder with manifest.json.")]
 Place = Annotated[str, typer.Argument(help="A data set: the folder or URL with manifest.json.")]
+Places = Annotated[list[str], typer.Argument(help="Data sets, as folders or URLs.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
 Key = Annotated[Path | None, typer.Option(help="File with the secret that hides ids; default: your own.")]
 Name = Annotated[str | None, typer.Option(help="Of the data set; keeps two archives' equal names apart.")]
@@ -55,8 +56,7 @@ def phantom(
 @app.command("ingest")
 def ingest_command(
     source: Annotated[
-        str,
-        typer.Argument(help="cbis-ddsm, vindr-mammo, rsna, inbreast, mias, embed, cmmd, busi, or folder."),
+        str, typer.Argument(help="cbis-ddsm, vindr-mammo, rsna, inbreast, mias, embed, cmmd, busi, or folder.")
     ],
     src: Annotated[Path, typer.Argument(help="Folder that holds the archive's files.")],
     out: Out,
@@ -141,9 +141,7 @@ def index_command(
 
 
 @app.command()
-def pack(
-    folder: Folder, out: Out, spacing: Spacing = None, max_size: MaxSize = None, workers: Workers = None
-) -> None:
+def pack(folder: Folder, out: Out, spacing: Spacing = None, max_size: MaxSize = None, workers: Workers = None) -> None:
     """Write a data set again with raw pixels: crops are then read row by row, for training at speed."""
     from .derive import derive
     from .geometry import Size
@@ -177,8 +175,7 @@ def merge_command(
 
 @app.command("verify")
 def verify_command(
-    folder: Place,
-    samples: Annotated[bool, typer.Option(help="Decode every sample, too.")] = False,
+    folder: Place, samples: Annotated[bool, typer.Option(help="Decode every sample, too.")] = False
 ) -> None:
     """Check every shard against the manifest."""
     from .shards import read_manifest
@@ -214,6 +211,87 @@ def show(
         raise UserError(f"--out {out} must end in .png")
     contact_sheet(ShardDataset(folder), out, count, seed=seed)
     console.print(f"wrote {out}")
+
+
+@app.command()
+def split(
+    folders: Places,
+    out: Annotated[Path, typer.Option(help="JSON to write; stages take it as data.split_file.")] = Path("split.json"),
+    task: Annotated[str | None, typer.Option(help="Label whose classes are divided evenly.")] = None,
+    test: Annotated[float, typer.Option(help="Part of the patients for test.")] = 0.2,
+    val: Annotated[float, typer.Option(help="Part of the patients for val.")] = 0.0,
+    folds: Annotated[int, typer.Option(help="Parts that train is dealt into, for data.fold.")] = 0,
+    fractions: Annotated[str, typer.Option(help="Label fractions of train, such as 0.1,0.25.")] = "",
+    keep_official: Annotated[bool, typer.Option(help="Keep the archive's own test patients.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other patients.")] = 0,
+) -> None:
+    """Divide patients into train, val and test, into folds and label fractions, and write it down."""
+    from .divide import describe, make_split, shortages
+    from .shards import ShardDataset
+
+    shards = ShardDataset(folders)
+    made = make_split(
+        shards.rows,
+        task=task,
+        seed=seed,
+        test=test,
+        val=val,
+        folds=folds,
+        fractions=parse_fractions(fractions),
+        keep_official=keep_official,
+    )
+    made.write(out, shards.digest)
+    console.print(describe(made, shards.rows))
+    for sentence in shortages(made, shards.rows):
+        print(f"miram: {sentence}", file=sys.stderr)
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def duplicates(
+    folders: Places,
+    threshold: Annotated[int, typer.Option(min=0, max=128, help="Bits of 256 in which a pair may differ.")] = 64,
+) -> None:
+    """Find images that look alike across data sets, splits or patients, mirrored ones too."""
+    from .duplicates import near_duplicates, summary, table
+    from .shards import ShardDataset
+
+    rows = list(ShardDataset(folders).rows)
+    pairs = near_duplicates(rows, threshold)
+    for line in summary(rows, pairs, threshold):
+        console.print(line)
+    if pairs:
+        console.print(table(rows, pairs))
+
+
+@app.command("audit")
+def audit_command(
+    folder: Annotated[Path, typer.Argument(help="A data set, a run, or a folder of such.")],
+    source: Annotated[Path | None, typer.Option(help="The archive it was made of: search for its values.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="Text that is no finding; may be repeated.")] = None,
+) -> None:
+    """Search everything written, decompressed, for what could tell whose images these are."""
+    from .audit import Searched, audit
+
+    searched = Searched()
+    findings = list(audit(folder, source, allow or (), searched))
+    for finding in findings[:100]:
+        print(finding, file=sys.stderr)
+    if findings:
+        raise UserError(f"{folder} holds {len(findings)} things that may tell whose images these are; do not share it")
+    console.print(f"{folder}: {searched}")
+
+
+def parse_fractions(text: str) -> tuple[float, ...]:
+    """`0.1,0.25` as numbers.
+
+    Raises:
+        UserError: they are none.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UserError(f"--fractions {text!r}: give numbers between 0 and 1, such as 0.1,0.25") from error
 
 
 def parse_partition(text: str | None) -> tuple[int, int] | None:

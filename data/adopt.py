@@ -80,7 +80,7 @@ def write_survey(out: Path, found: Survey) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_index(out / "index.csv", found.columns, found.table)
     index = {"samples": len(found.table), "sha256": sha256(out / "index.csv")}
-    write_json(out / "manifest.json", MANIFEST, {**found.facts, "index": index})
+    write_json(out / "manifest.json", MANIFEST, {**found.facts, "records": index["sha256"], "index": index})
 
 
 def survey(
@@ -119,7 +119,9 @@ def survey(
     }
     told = list(notes(scans, wanted))
     if above:
-        told.append(f"{above} of {min(SAMPLED, len(table))} images hold more than the `bits` or `max_value` of their JSON")
+        told.append(
+            f"{above} of {min(SAMPLED, len(table))} images hold more than the `bits` or `max_value` of their JSON"
+        )
     return Survey(columns(table), table, facts, skipped, told)
 
 
@@ -254,14 +256,13 @@ def statistics(table: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], in
 
     Also how many of those hold values above the largest that their JSON tells.
     """
-    moments, above = Moments(), 0
+    moments, above, store = Moments(), 0, open_store(table[0]["shard"], 0)
     for row in table[:: -(-len(table) // SAMPLED)]:
-        store = open_store(row["shard"], 0)
         with suppress(UserError):  # one that cannot be decoded is found by `miram data verify`
             pixels = pixels_of(store, row)
             moments += Moments.of(Film(pixels=pixels, max_value=row["max_value"]))
             above += int(pixels.max() > row["max_value"])
-        store.close()
+    store.close()
     return moments.statistics(), above
 
 

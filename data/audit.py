@@ -10,18 +10,21 @@ What is not understood is a finding, too. A finding never quotes what was found.
 from __future__ import annotations
 
 import base64
+import binascii
 import csv
 import io
 import json
 import re
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from tarfile import HeaderError, TarInfo
 from typing import BinaryIO
 
-from ..engine.errors import UserError
+from ..engine.errors import UserError, one_line
 from .forms import PLACES, chunks, foreign_columns, foreign_fields, hidden, tar_header
 from .image import decode_png
 from .packed import PackedPixels
@@ -44,6 +47,7 @@ PATTERNS = {
     "an e-mail address": re.compile(rb"[\w.+-]+@[\w-]+(\.[\w-]+)*\.[A-Za-z]{2,}"),
 }
 EMBEDDED = re.compile(rb"data:image/png;base64,([A-Za-z0-9+/=]+)")
+NUMBER = re.compile(r"(-?\d+(\.\d+)?(e-?\d+)?)?")
 ATTRIBUTE = re.compile(rb'="[-\d. ]*"')
 
 
@@ -108,10 +112,10 @@ class _Audit:
         if not any(path.is_file() for path in paths):
             raise UserError(f"{self.folder} holds no file; name a data set or a run")
         for number, path in enumerate(paths, 1):
-            relative = path.relative_to(self.folder)
-            for what in set(self._name(path.name)):
-                yield Finding(file=str(relative.parent), place=f"entry {number}", what=f"its name has {what}")
-            shown = f"{relative.parent}, entry {number}" if [*self._name(str(relative))] else str(relative)
+            parts = path.relative_to(self.folder).parts
+            shown = "/".join("…" if any(self._name(part)) else part for part in parts)
+            shown += f" (entry {number})" if "…" in shown else ""
+            yield from (Finding(file=shown, place="its name", what=what) for what in set(self._name(path.name)))
             if path.is_symlink():
                 yield Finding(file=shown, place="", what="is a link; what it leads to was not searched")
             elif path.is_file():
@@ -213,26 +217,25 @@ class _Audit:
             rows = csv.reader(io.StringIO(content.decode(), newline=""), strict=True)
             header = next(rows, [])
             yield from ((f"column {i}", what) for i, what in foreign_columns(header))
-            for row in rows:
-                for i, cell in enumerate(row):
-                    place = f"line {rows.line_num}, column {i + 1}"
-                    yield from ((place, what) for what in self._cell(header[i] if i < len(header) else "", cell))
+            texts = []
+            for number, row in enumerate(rows, 2):
+                cells = list(zip_longest(header, row, fillvalue=""))
+                texts.append(" ".join(f'"{one_line(cell)}"' for name, cell in cells if name not in NUMBERS))
+                if not all(NUMBER.fullmatch(cell) for name, cell in cells if name in NUMBERS):
+                    yield f"line {number}", "has text where numbers belong"
+            yield from self._text("\n".join([" ".join(header), *texts]).encode())
         except (csv.Error, UnicodeDecodeError):
             yield "", "is no CSV"
             yield from self._text(content)
-        self.searched.bytes += len(content)
-
-    def _cell(self, column: str, cell: str) -> Iterator[str]:
-        if column not in NUMBERS:
-            yield from self._name(cell) if cell else ()
-        elif cell and not re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell):
-            yield "is no number"
 
     # ------------------------------------------------------------------------------------------ other files
 
     def _html(self, content: bytes) -> Iterator[tuple[str, str]]:
         for number, found in enumerate(EMBEDDED.finditer(content), 1):
-            image = base64.b64decode(found[1])
+            try:
+                image = base64.b64decode(found[1])
+            except binascii.Error:
+                image = b""
             yield from ((f"picture {number}", what) for _, what in self._png(image, drawn=True))
         yield from self._text(ATTRIBUTE.sub(b"", EMBEDDED.sub(b"", content)))
 
@@ -242,9 +245,8 @@ class _Audit:
             if length > path.stat().st_size or length > LARGEST:
                 yield "header", "is damaged; the file was not searched"
                 return
-            yield from (
-                (f"header {p}", w) for p, w in self._text(re.sub(rb'"data_offsets":\[[^\]]*\]', b"", file.read(length)))
-            )
+            header = re.sub(rb'"data_offsets":\[[^\]]*\]', b"", file.read(length))
+            yield from (("header", what) for _, what in self._text(header))
             tail = b""
             while self.values.count and (step := file.read(STEP)):
                 yield from self._binary(tail + step, "weights")
@@ -255,22 +257,26 @@ class _Audit:
     def _text(self, content: bytes) -> Iterator[tuple[str, str]]:
         """Line and kind of everything in a text that tells, once a line."""
         self.searched.bytes += len(content)
-        found = {(_line(content, place), f"the value of {origin}") for place, origin in self.values.in_text(content)}
         plain = COUNTS.sub(b"", content)
+        found = list(_lines(content, ((place, f"the value of {o}") for place, o in self.values.in_text(content))))
         for what, pattern in PATTERNS.items():
-            for match in pattern.finditer(plain):
-                if match[0].decode("utf-8", "replace").casefold() not in self.values.allowed:
-                    found.add((_line(plain, match.start()), what))
-        yield from ((f"line {line}", what) for line, what in sorted(found))
+            places = (m.start() for m in pattern.finditer(plain) if not self._allowed(m[0]))
+            found += _lines(plain, ((place, what) for place in places))
+        yield from ((f"line {line}", what) for line, what in sorted(set(found)))
         if b"\0" in content:
             yield "", "is no text"
 
+    def _allowed(self, text: bytes) -> bool:
+        return text.decode("utf-8", "replace").casefold() in self.values.allowed
+
     def _binary(self, content: bytes, where: str) -> Iterator[tuple[str, str]]:
         self.searched.bytes += len(content)
-        yield from (
-            (where, f"the value of {origin}") for origin in sorted({o for _, o in self.values.in_binary(content)})
-        )
+        found = {origin for _, origin in self.values.in_binary(content)}
+        yield from ((where, f"the value of {origin}") for origin in sorted(found))
 
 
-def _line(content: bytes, place: int) -> int:
-    return content.count(b"\n", 0, place) + 1
+def _lines(content: bytes, places: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The line that each place is in, counted from 1."""
+    found = list(places)
+    ends = [match.start() for match in re.finditer(b"\n", content)] if found else []
+    yield from ((bisect_left(ends, place) + 1, what) for place, what in found)

@@ -44,16 +44,17 @@ class Decoder:
             UnreadableImage: they cannot be decoded, or the decoder died or took too long over them.
         """
         with self._lock:
-            child = self._running()
-            watch = threading.Timer(PATIENCE, child.kill)
-            watch.start()
-            try:
-                return _ask(child, path, layout)
-            except (OSError, EOFError) as error:
-                child.kill()
-                raise UnreadableImage("its pixels are damaged: the decoder gave up") from error
-            finally:
-                watch.cancel()
+            for _ in range(2):  # a child may die late, of the file before
+                child = self._running()
+                watch = threading.Timer(PATIENCE, child.kill)
+                watch.start()
+                try:
+                    return _ask(child, path, layout)
+                except (OSError, EOFError):
+                    self.close()
+                finally:
+                    watch.cancel()
+        raise UnreadableImage("its pixels are damaged: the decoder gave up")
 
     def close(self) -> None:
         """Let the child go."""

@@ -39,6 +39,7 @@ from pydicom.uid import (
     JPEGLSNearLossless,
     JPEGLSTransferSyntaxes,
     JPEGTransferSyntaxes,
+    RLELossless,
 )
 
 from .dicom_voi import numbers
@@ -152,9 +153,12 @@ def uncompressed(path: Path, layout: Layout) -> Pixels:
         UnreadableImage: there are fewer than the header says.
     """
     frame = _frame(path, layout)
+    if len(frame.PixelData) >= layout.size + layout.size // layout.rows:
+        raise UnreadableImage("it has more rows of pixels than its header says")
     words: dict[str, Any] = {"bits_stored": layout.allocated, "pixel_representation": 0}
     pixels, _ = get_decoder(frame.file_meta.TransferSyntaxUID).as_array(frame, raw=True, **words)
-    return pixels.astype(np.uint8 if pixels.itemsize == 1 else np.uint16, copy=False)
+    native: Pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    return native
 
 
 def decode_frame(path: Path, layout: Layout) -> Pixels:
@@ -218,10 +222,26 @@ def _check_stream(syntax: str, stream: bytes, layout: Layout) -> None:
         found = _size_of_j2k(stream)
     elif syntax in JPEGTransferSyntaxes or syntax in JPEGLSTransferSyntaxes:
         found = _size_of_jpeg(stream)
+    elif syntax == RLELossless:
+        found = _rows_of_rle(stream, layout), layout.columns, 1
     else:
         return
     if found != (layout.rows, layout.columns, 1):
         raise UnreadableImage("its compressed pixels are damaged, in colour, or of another size than its header says")
+
+
+def _rows_of_rle(stream: bytes, layout: Layout) -> int:
+    """Whole rows in the longest segment of an RLE frame (PS3.5 annex G), counting no further than one too many."""
+    segments, *offsets = struct.unpack_from("<16I", stream)
+    longest, most = 0, (layout.rows + 1) * layout.columns
+    for place, end in zip(offsets[:segments], [*offsets[1:segments], len(stream)], strict=False):
+        length = 0
+        while place < min(end, len(stream)) and length < most:
+            head = stream[place]
+            length += head + 1 if head < 128 else 257 - head if head > 128 else 0
+            place += head + 2 if head < 128 else 2 if head > 128 else 1
+        longest = max(longest, length)
+    return longest // layout.columns
 
 
 def _size_of_j2k(stream: bytes) -> tuple[int, int, int] | None:

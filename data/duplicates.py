@@ -1,4 +1,15 @@
-"""Near-duplicates: a hash of how an image looks, and pairs of images that a split or a data set should not share."""
+"""Near-duplicates: a hash of how an image looks, and pairs of images that a split or a data set should not share.
+
+Measured on 313 real and simulated films (100 mini-MIAS, 100 M-SYNTH, 63 CDD-CESM, 44 DDSM, 4 NYU, 2 DICOM samples):
+- images of different patients differ in 83 bits or more (mean 118, sd 6.5, 48,750 pairs), left and right breasts or CC
+  and MLO views of one patient in 88 or more: with a threshold of 64, none of them is taken for a copy;
+- copies of the isolated breast: 8 bits, JPEG 50, half and quarter size, mirrored either way 17 at most; gamma 0.7 to
+  1.4, windowed, rotated by 1 degree, 1.5 % cut off all around 98.7 % or more found; rotated by 2 degrees 94 to 97 %;
+  3 % cut off all around 86 %;
+- copies of the whole film, from which the breast is then isolated anew: 8 bits, JPEG, smaller, mirrored 99.4 % or more;
+  windowed 99.4 %; rotated by 1 degree 97 %, by 2 degrees 91 to 93 %; gamma 83 to 89 %; 3 % cut off all around 62 %; the
+  background raised to grey 75 %. Those missed (up to 135 bits) are films on which another outline was found.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +39,7 @@ FLAT = 0.02  # of the brightest pixel: contrast that is not blown up
 FREQUENCIES = slice(1, 17)  # the lowest that change both along rows and along columns
 NO_HASH = "0" * 64
 
-THRESHOLD = 64
+THRESHOLD = 64  # bits; see above
 BLOCK = 1024  # images compared at a time with as many others: some tens of megabytes
 
 
@@ -52,7 +63,7 @@ def phash(pixels: NDArray[Any]) -> str:
 
 def _reduced(pixels: NDArray[Any]) -> Array:
     """Means of blocks that leave about WORK pixels; what does not fill a block is cut off on both sides."""
-    factor = max(1, max(pixels.shape[:2]) // WORK)
+    factor = max(1, min(max(pixels.shape[:2]) // WORK, *pixels.shape[:2]))
     rows, columns = (side // factor for side in pixels.shape[:2])
     top, left = ((side % factor) // 2 for side in pixels.shape[:2])
     part = pixels[top : top + rows * factor, left : left + columns * factor]
@@ -66,8 +77,8 @@ def _framed(image: Array) -> tuple[Array, Array] | None:
     """The image and its nonzero part, stretched to the grid; None for an image that is black or flat."""
     if image.min() == image.max():
         return None
-    down = _areas(image.sum(axis=1))
-    across = _areas(image.sum(axis=0))
+    light = np.sqrt(image)  # the root, so that a brighter copy has nearly the same frame
+    down, across = _areas(light.sum(axis=1)), _areas(light.sum(axis=0))
     return down @ image @ across.T, down @ (image > 0).astype(np.float64) @ across.T
 
 
@@ -77,7 +88,8 @@ def _areas(light: Array) -> Array:
     The frame is where the light is, not where it begins: a crop, a darker skin or a speck hardly move it.
     """
     total = np.concatenate([[0], np.cumsum(light)]) / light.sum()
-    edges = np.linspace(*np.interp([TRIM, 1 - TRIM], total, np.arange(len(total))), GRID + 1)
+    start, end = np.interp([TRIM, 1 - TRIM], total, np.arange(len(total)))
+    edges = np.linspace(start, end, GRID + 1)
     rows = np.arange(len(light))
     common = np.minimum(edges[1:, None], rows + 1) - np.maximum(edges[:-1, None], rows)
     weights: Array = np.clip(common, 0, None) / (edges[1] - edges[0])
@@ -181,7 +193,9 @@ def summary(rows: Sequence[Row], pairs: Sequence[Pair], threshold: int = THRESHO
     without = f"; {len(rows) - hashed} have no hash (ingest them again)" if hashed < len(rows) else ""
     lines = [f"{hashed} images compared, mirrored or not, at {threshold} of 256 bits{without}"]
     counts = Counter(pair.across for pair in pairs)
-    lines += [f"{counts[a]} near-duplicate pairs across {a}" for a in ("data sets", "splits", "patients") if counts[a]]
+    for across in ("data sets", "splits", "patients"):
+        if counts[across]:
+            lines.append(f"{counts[across]} near-duplicate pair{'s' * (counts[across] > 1)} across {across}")
     return lines if pairs else [*lines, "no near-duplicates across data sets, splits or patients"]
 
 

@@ -30,7 +30,7 @@ def contact_sheet(shards: ShardDataset, out: Path, count: int, columns: int = 8,
     rows = -(-len(chosen) // columns)
     tall = np.median([int(shards.rows[int(i)]["height"]) / int(shards.rows[int(i)]["width"]) for i in chosen])
     width = float(np.clip(np.sqrt(CELL / tall), 1.2, 3.5))
-    titles = [caption(shards.rows[int(i)]) for i in chosen]
+    titles = [caption(shards.rows[int(i)], round(15 * width)) for i in chosen]
     lines = max(title.count("\n") + 1 for title in titles)
     figure = Figure(figsize=(width * columns, (width * tall + 0.13 * lines + 0.1) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -42,12 +42,14 @@ def contact_sheet(shards: ShardDataset, out: Path, count: int, columns: int = 8,
     figure.savefig(out, dpi=110)
 
 
-def caption(row: Row) -> str:
-    """Side, view, split and labels of a sample."""
-    labels = [f"{column.removeprefix(LABEL)} {value}" for column, value in row.items() if column.startswith(LABEL) and value]
+def caption(row: Row, letters: int) -> str:
+    """Side, view, split and labels of a sample, in lines of so many letters."""
+    labels = [
+        f"{column.removeprefix(LABEL)} {value}" for column, value in row.items() if column.startswith(LABEL) and value
+    ]
     first = " ".join(filter(None, (row["laterality"], row["view"], row["split"])))
     pairs = (", ".join(labels[i : i + 2]) for i in range(0, min(len(labels), 8), 2))
-    return "\n".join(shorten(line, 40, placeholder=" …") for line in (first, *pairs) if line)
+    return "\n".join(shorten(line, letters, placeholder=" …") for line in (first, *pairs) if line)
 
 
 def draw(axis: Axes, sample: Sample, title: str) -> None:

@@ -143,7 +143,7 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large stored images are: so many millimetres a pixel, or so many pixels along the longest side; or as read."""
+    """How large stored images are: millimetres a pixel, or pixels along the longest side; neither: as read."""
 
     spacing_mm: float | None = None
     max_size: int | None = None
@@ -167,13 +167,15 @@ def _shrunk(box: Shape, factor: float) -> Shape:
 
 
 def area_resize(image: Pixels, shape: Shape) -> Pixels:
-    """(H, W) or (H, W, C) averaged over areas in float, rounded at the end; the image itself where the size is its own."""
+    """(H, W) or (H, W, C) averaged over areas in float, rounded at the end; the image itself at its own size."""
     if image.shape[:2] == shape:
         return image
     if image.ndim == 3:
-        return np.stack([area_resize(image[..., c], shape) for c in range(image.shape[2])], axis=2)
+        colour: Pixels = np.stack([area_resize(image[..., c], shape) for c in range(image.shape[2])], axis=2)
+        return colour
     small = Image.fromarray(image.astype(np.float32)).resize(shape[::-1], Image.Resampling.BOX)
-    return np.rint(np.asarray(small)).astype(image.dtype)
+    rounded: Pixels = np.rint(np.asarray(small)).astype(image.dtype)
+    return rounded
 
 
 def nearest(image: NDArray[Any], shape: Shape) -> NDArray[Any]:

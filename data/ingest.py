@@ -1,6 +1,6 @@
-"""From an archive's records to shards: in parallel, going on after a kill, the same bytes however it is done.
+"""From an archive's records to shards: in parallel, going on after a kill, the same bytes however done.
 
-Each image: read -> breast mask, crop, chest wall to the left, zero outside -> resize where asked -> PNG + JSON (+ mask).
+Each image: read -> breast mask, crop, chest wall to the left, zero outside -> resize where asked -> PNG, JSON, mask.
 Images that cannot be used are left out and listed in OUT.skipped.csv, beside the data set and not in it: it names the
 user's own files.
 """
@@ -123,7 +123,8 @@ def already_written(out: Path, facts: Mapping[str, Any]) -> Outcome | None:
         same = " of the same images" if "records" not in other else ""
         what = ", ".join(key for key in other if key != "records") or "other images or labels"
         raise UserError(
-            f"{out} already holds another data set ({there.get('dataset')}){same}; it differs in {what}: name another folder"
+            f"{out} already holds another data set ({there.get('dataset')}){same}; it differs in {what}: "
+            "name another folder"
         )
     discard(out)  # what is left where a process was killed right after its work
     return Outcome(samples=there["index"]["samples"], unchanged=True)
@@ -152,7 +153,11 @@ def prepare(record: Record, *, archive: Archive, secret: bytes, size: Size) -> E
         stored, geometry = shrink(stored, geometry, size)
     except (UnreadableImage, ValueError) as error:
         return Skipped(record.name, str(error))
-    return encode(sample_key(record, archive.dataset, secret), describe(record, stored, archive.dataset, secret), stored, geometry)
+    except Exception as error:  # one odd file among thousands must not end the night's work
+        return Skipped(record.name, f"unforeseen {type(error).__name__}: please report it, if you can with the file")
+    return encode(
+        sample_key(record, archive.dataset, secret), describe(record, stored, archive.dataset, secret), stored, geometry
+    )
 
 
 def place(film: Film, archive: Archive) -> tuple[Film, Geometry]:
@@ -169,7 +174,9 @@ def place(film: Film, archive: Archive) -> tuple[Film, Geometry]:
         return film, Geometry.whole(*film.pixels.shape[:2])
     stored, geometry = isolate(film)
     if archive.quarantine and text_on(stored.pixels, stored.pixels > 0, stored.max_value):
-        raise UnreadableImage("quarantined: there seems to be text on the breast; look at it, then --burned-in takes it")
+        raise UnreadableImage(
+            "quarantined: there seems to be text on the breast; look at it, then --burned-in takes it"
+        )
     return stored, geometry
 
 

@@ -122,6 +122,13 @@ def span(places: Iterable[Place], gap: int = MERGE_GAP) -> Place:
     return place
 
 
+def around(place: Place, others: Iterable[Place], gap: int = MERGE_GAP) -> Place:
+    """The run of near neighbours that a place lies in: its sample, where nothing large lies between the members."""
+    shard, offset, size = place
+    runs = merge([place, *others], gap, limit=None)
+    return next(run for run in runs if run[0] == shard and run[1] <= offset and offset + size <= run[1] + run[2])
+
+
 def merge(places: Iterable[Place], gap: int = MERGE_GAP, limit: int | None = MERGE_LIMIT) -> list[Place]:
     """Places with near neighbours joined, in order of shard and offset; no join makes one longer than `limit`."""
     merged: list[Place] = []

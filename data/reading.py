@@ -15,12 +15,10 @@ DICOM_SUFFIXES = {".dcm", ".dicom", ""}
 def is_image(path: Path) -> bool:
     """Whether a file may hold an image; its first bytes decide where its name does not."""
     suffix = path.suffix.lower()
-    return suffix in SUFFIXES or (suffix in DICOM_SUFFIXES or suffix[1:].isdigit()) and is_dicom(path)
+    return suffix in SUFFIXES or ((suffix in DICOM_SUFFIXES or suffix[1:].isdigit()) and is_dicom(path))
 
 
-def read_file(
-    path: Path, dicom: DicomOptions, *, channels: Literal[1, 3] = 1, spacing_mm: float | None = None
-) -> Film:
+def read_file(path: Path, dicom: DicomOptions, *, channels: Literal[1, 3] = 1, spacing_mm: float | None = None) -> Film:
     """The film in a file. A spacing given here wins over the file's own.
 
     Raises:

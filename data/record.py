@@ -73,7 +73,9 @@ class Film:
     mask: NDArray[np.uint8] | None = None  # (H, W)
     mask_kind: MaskKind = "instances"
     region: Region | None = None  # keep just this, instead of looking for the breast
-    facts: Mapping[str, str] = field(default_factory=dict)  # of closed lists only, such as {"photometric": "MONOCHROME1"}
+    facts: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of closed lists only, such as {"photometric": "MONOCHROME1"}
 
 
 @dataclass(frozen=True, kw_only=True)

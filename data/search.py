@@ -14,19 +14,21 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom import Dataset
+from pydicom import Dataset, dcmread
 from pydicom._uid_dict import UID_dictionary
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR, keyword_for_tag
 from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_dataset, read_preamble
 from pydicom.tag import BaseTag
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from .dicom import MANUFACTURERS, is_dicom
-from .dicom_pixels import guarded, read_dataset_of
+from .dicom_pixels import LARGE, guarded, read_dataset_of
 from .image import UnreadableImage
 
 OPEN = {  # what a sample's JSON says of them is harmless, and every film shares it
@@ -75,8 +77,10 @@ def _content(path: Path) -> Iterator[Value]:
         return
     if path.suffix.lower() in (".csv", ".tsv"):
         yield from table_values(path)
-    elif path.suffix.lower() in (".dcm", ".dicom") or is_dicom(path):
+    elif is_dicom(path):
         yield from dicom_values(path)
+    elif path.suffix.lower() in (".dcm", ".dicom"):
+        raise UnreadableImage("it is no DICOM file")
 
 
 def table_values(path: Path) -> Iterator[Value]:
@@ -101,10 +105,12 @@ def dicom_values(path: Path) -> Iterator[Value]:
     found: list[Value] = []
     try:
         with guarded("header"):
-            header = read_dataset_of(path, pixels=False)
             with path.open("rb") as file:
                 found += ((text, "preamble") for text in _printable(read_preamble(file, force=True) or b""))
                 meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
+            deflated = meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
+            # Large values are passed over, pixels among them; what lies behind the pixels is read.
+            header = read_dataset_of(path, pixels=False) if deflated else dcmread(path, defer_size=LARGE, force=True)
             for part in (meta, header):
                 found.extend(_elements(part, ["iso8859"]))
     finally:
@@ -116,7 +122,7 @@ def _elements(dataset: Dataset, encodings: Sequence[str]) -> Iterator[Value]:
     for tag in sorted(dataset.keys()):
         if keyword_for_tag(tag) in OPEN or not tag.element:
             continue
-        raw = dataset.get_item(tag)
+        raw: Any = dataset.get_item(tag)
         if _vr(raw) == "SQ":
             for item in dataset[tag].value or ():
                 yield from _elements(item, encodings)
@@ -134,12 +140,11 @@ def _encodings(dataset: Dataset) -> list[str]:
         return []
 
 
-def _vr(element: object) -> str:
-    named: str | None = getattr(element, "VR", None)
-    if named and named != "UN":
-        return named
+def _vr(element: Any) -> str:
+    if element.VR and element.VR != "UN":
+        return str(element.VR)
     try:
-        return str(dictionary_VR(getattr(element, "tag")))  # noqa: B009
+        return dictionary_VR(element.tag)
     except KeyError:
         return "UN"
 
@@ -169,7 +174,7 @@ def text_values(vr: str, text: str) -> Iterator[str]:
             yield value
         if vr == "PN":
             parts = [part for part in re.split(r"[\^= ]", value) if part]
-            yield from (*parts, " ".join(parts), " ".join(parts[1::-1]))
+            yield from (*value.split("="), *parts, " ".join(parts), " ".join(parts[1::-1]))
         if vr in ("DA", "DT") and re.fullmatch(r"\d{8}.*", value):
             yield from (value[:8], f"{value[:4]}-{value[4:6]}-{value[6:8]}")
 
@@ -237,9 +242,11 @@ class Values:
             return
         if value.casefold() in self.allowed or WORDS.fullmatch(value.casefold()):
             return
-        spelled = {value, json.dumps(value)[1:-1], html.escape(value)}  # as JSON and HTML write it
         self.count += value.lower().encode("utf-8", "replace") not in self.text
-        for form in spelled:
+        spelled = (
+            form for text in (value, value.lower()) for form in (text, json.dumps(text)[1:-1], html.escape(text))
+        )
+        for form in spelled:  # as JSON and HTML write it
             self.text.setdefault(form.lower().encode("utf-8", "replace"), origin)
         if len(value) >= (PIXELS_NUMBER if not re.search(r"[^\W\d]", value) else PIXELS):
             forms = (value.encode("utf-8", "replace"), value.encode("latin-1", "replace"), value.encode("utf-16-le"))
@@ -263,13 +270,13 @@ def _stands_alone(text: bytes, begin: int, end: int) -> bool:
     """Whether a value was not found by chance inside of another word or number."""
     value, before, after = text[begin:end], text[max(begin - 2, 0) : begin], text[end : end + 2]
     number = NUMBER.fullmatch(value.decode("utf-8", "surrogateescape")) is not None
-    if number and (re.search(rb"\d\.$", before) or re.match(rb"\.\d", after)):
+    if number and (re.search(rb"\d\.\Z", before) or re.match(rb"\.\d", after)):
         return False
     if not number and len(value) >= SHORT:
         return True
     if number and len(value) < SHORT and not _quoted(before[-1:], after[:1]):
         return False  # step 1200 of 2000 is no patient
-    return not (re.search(rb"[0-9a-z\x80-\xff]$", before) or re.match(rb"[0-9a-z\x80-\xff]", after))
+    return not (re.search(rb"[0-9a-z\x80-\xff]\Z", before) or re.match(rb"[0-9a-z\x80-\xff]", after))
 
 
 def _quoted(before: bytes, after: bytes) -> bool:

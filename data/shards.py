@@ -126,7 +126,9 @@ class ShardDataset:
         keys = self.rows.column("key")
         if len(set(keys)) < len(keys):
             raise UserError(f"{', '.join(self.roots)} hold the same images twice; ingest one with another --name")
-        self._sizes = {join(r, s["name"]): s["bytes"] for r, m in zip(self.roots, self.manifests, strict=True) for s in m["shards"]}
+        self._sizes = {
+            join(r, s["name"]): s["bytes"] for r, m in zip(self.roots, self.manifests, strict=True) for s in m["shards"]
+        }
         self._cache_limit = cache_mb * 2**20
         self.__setstate__({})
 
@@ -233,7 +235,8 @@ class ShardDataset:
         if expected is not None and shard not in self._checked:
             if (found := store.size(shard)) != expected:
                 raise UserError(
-                    f"the shard {display(shard)} has {found} bytes, its manifest says {expected}; run `miram data verify`"
+                    f"the shard {display(shard)} has {found} bytes, and {expected} by its manifest; "
+                    "run `miram data verify`"
                 )
             self._checked.add(shard)
         return store
@@ -271,7 +274,7 @@ class ShardDataset:
     @property
     def digest(self) -> str:
         """Changes when any byte of the data sets does."""
-        parts = [(m["index"]["sha256"], [shard["sha256"] for shard in m["shards"]]) for m in self.manifests]
+        parts = sorted((m["index"]["sha256"], [shard["sha256"] for shard in m["shards"]]) for m in self.manifests)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -298,4 +301,3 @@ class ShardDataset:
             known = ", ".join(self.tasks) or "nothing, it has no labels"
             raise UserError(f"the data has no label {task!r}; data.task can be: {known}")
         return self.rows.column(LABEL + task)
-

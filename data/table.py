@@ -51,7 +51,9 @@ class Table:
         if any(len(row) != len(header) for row in rows) or len(set(header)) < len(header):
             raise ValueError("its rows do not fit its header")
         cells = zip(*rows, strict=True) if rows else ((),) * len(header)
-        return cls({name: np.array([c.encode() for c in column], "S") for name, column in zip(header, cells, strict=True)})
+        return cls(
+            {name: np.array([c.encode() for c in column], "S") for name, column in zip(header, cells, strict=True)}
+        )
 
     @classmethod
     def read(cls, content: bytes) -> Table:

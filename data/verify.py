@@ -33,7 +33,9 @@ def verify(folder: Path | str) -> Iterator[str]:
         yield from _verify_shard(store, root, fact)
     if not is_remote(root):
         listed = {fact["name"] for fact in manifest["shards"]}
-        yield from (f"{p.name} is not in the manifest" for p in sorted(Path(root).glob("*.tar")) if p.name not in listed)
+        yield from (
+            f"{p.name} is not in the manifest" for p in sorted(Path(root).glob("*.tar")) if p.name not in listed
+        )
 
 
 def _verify_shard(store: Store, root: str, fact: Mapping[str, Any]) -> Iterator[str]:

@@ -47,9 +47,11 @@ class Window:
 
     def read(self, offset: int, size: int) -> bytes:
         """These bytes, fewer at the shard's end."""
-        size = max(0, min(size, self.size - offset))
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
         if offset < self._start or offset + size > self._start + len(self._block):
-            ahead = min(max(size, AHEAD), self.size - offset) if size else 0
+            ahead = min(max(size, AHEAD), self.size - offset)
             self._start, self._block = offset, self.store.read(self.shard, offset, ahead)
         return self._block[offset - self._start : offset - self._start + size]
 

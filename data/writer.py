@@ -133,7 +133,10 @@ def _prepare_folder(partial: Path, work: Work[Item]) -> None:
                 left.unlink()
             return
     for path in partial.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.name == ".lock" or path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
     (partial / "set").mkdir()
     write_json(partial / "plan.json", PLAN, plan)
 
@@ -152,7 +155,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}"
 
 
-def _write_shards(work: Work[Item], partial: Path, todo: Mapping[int, Sequence[Item]], workers: int, meter: Meter) -> None:
+def _write_shards(
+    work: Work[Item], partial: Path, todo: Mapping[int, Sequence[Item]], workers: int, meter: Meter
+) -> None:
     if workers == 1 or len(todo) < 2 or sum(map(len, todo.values())) < POOL:
         for number, items in todo.items():
             _write_shard(partial, number, items, work.prepare, meter.advance)

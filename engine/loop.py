@@ -75,8 +75,11 @@ class Stream(Protocol):
     """Where batches come from."""
 
     batches_per_epoch: int
-    damaged: Sized
-    """what could not be read, and was skipped, on this rank so far"""
+
+    @property
+    def damaged(self) -> Sized:
+        """What could not be read, and was skipped, on this rank so far."""
+        ...
 
     def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Generator[Batch]:
         """Micro-batches of this rank from global batch `start` on, without end."""
@@ -200,7 +203,9 @@ class Trainer:
         line |= {"lr": group_lr(self.adamw), "grad_norm": grad_norm}
         line |= {"images_per_s": round(tracker.steps_per_second(self.step) * self.section.batch_size, 2)}
         line |= {"peak_memory_bytes": peak_memory_bytes()}
-        if damaged := int(self.over_ranks(torch.tensor(float(len(self.stream.damaged)), device=self.accelerator.device))):
+        if damaged := int(
+            self.over_ranks(torch.tensor(float(len(self.stream.damaged)), device=self.accelerator.device))
+        ):
             line["damaged"] = damaged
         metrics.append(line)
         tracker.show(line)

@@ -57,7 +57,9 @@ class Meter:
         if not console.is_terminal and now - self._said > self.EVERY:
             self._said = now
             left = (self.total - self.done) / max(rate, 1e-9) / 60
-            print(f"{self.name}: {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} min left", file=sys.stderr, flush=True)
+            print(
+                f"{self.name}: {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} min left", file=sys.stderr, flush=True
+            )
 
 
 class Tracker:

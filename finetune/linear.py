@@ -67,7 +67,9 @@ def read_task(shards: ShardDataset, name: str | None) -> Task:
         raise UserError(
             f"data.task={name}: every labelled image is {', '.join(map(repr, classes))}; there is nothing to tell apart"
         )
-    dataset, patient, split = (np.array(c)[chosen] for c in (*map(shards.rows.column, ("dataset", "patient")), shards.splits))
+    dataset, patient, split = (
+        np.array(c)[chosen] for c in (*map(shards.rows.column, ("dataset", "patient")), shards.splits)
+    )
     patients = np.char.add(np.char.add(dataset, "/"), patient)
     return Task(name, tuple(map(str, classes)), chosen, truth, patients, split)
 

@@ -7,7 +7,7 @@
     D1-0001,R,44,2,calcification,Benign,
 
 A row tells of one breast, the one that was biopsied; 97 patients have two rows. Of the other breast nothing is known:
-its images have no pathology here, which is not the same as benign. Ages become decades (`40-49`, from 90 on `90+`).
+its images have no pathology here, which is not the same as benign. Ages become decades (`40-49`, from 80 on `80+`).
 There is no official split. Written from the published description and table; no original image was seen.
 """
 
@@ -25,14 +25,13 @@ from ..dicom import Header, read_header
 from ..image import UnreadableImage, stamp
 from ..reading import is_image, read_file
 from ..record import Label, Record
-from .tables import Row, each_row, given, known, whole
+from .tables import Row, decade, each_row, given, known
 
 LICENCE = "CC BY 4.0"
 NAME = "CMMD_clinicaldata_revision.csv"
 TABLE = re.compile(r"CMMD_clinicaldata.*\.csv", re.IGNORECASE)
 PATIENT = re.compile(r"D[12]-\d{4}")
 COLUMNS = ("ID1", "LeftRight", "Age", "abnormality", "classification", "subtype")
-OLDEST = 90
 Labels = dict[str, Label]
 
 
@@ -117,15 +116,6 @@ def breast_labels(row: Row) -> Labels:
             pathology=known(row["classification"]), abnormality=known(row["abnormality"]), subtype=known(row["subtype"])
         )
     )
-
-
-def decade(cell: str) -> str:
-    """`40-49` of 44, `90+` of 90 and more, nothing of nothing."""
-    age = whole(cell)
-    if age is None or age < 0:
-        return ""
-    start = age // 10 * 10
-    return f"{OLDEST}+" if start >= OLDEST else f"{start}-{start + 9}"
 
 
 # ---------------------------------------------------------------------------------------------- images

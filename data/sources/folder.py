@@ -5,10 +5,10 @@
                     column is a label
     MASKS/**        see masks.py; may lie in SRC, or be SRC
 
-`file` is the path below SRC, or its name where that is unique, with or without suffix. Without a table, or without its
-`patient` column, nobody knows which images belong together: each counts as a patient, which leaks between splits if
-that is wrong. `bits` or `max_value` says how far the pixels reach where the file has room for more: 12 bits come as
-0 … 4095 in files of 16.
+`file` is the path below SRC, or its name where that is unique, with or without suffix. What the table leaves open of
+patient, exam, side and view is taken from DICOM headers. Where neither tells the patient, nobody knows which images
+belong together: each counts as a patient, which leaks between splits if that is wrong. `bits` or `max_value` says how
+far the pixels reach where the file has room for more: 12 bits come as 0 … 4095 in files of 16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Literal
 
 from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
-from ..dicom import DicomOptions
+from ..dicom import DicomOptions, read_header
 from ..image import SUFFIXES, UnreadableImage, in_colour, opened, read_film, stamp, stored_range
 from ..reading import is_image, read_file
 from ..record import Film, MaskKind, Record
@@ -50,6 +50,7 @@ def read(src: Path, options: SourceOptions) -> Archive:
     if not images:
         raise UserError(f"{src} holds no image (DICOM, {', '.join(sorted(SUFFIXES))}); name a folder that does")
     table = match_rows(src, images, read_table(options.labels)) if options.labels else {path: {} for path in images}
+    table = {path: with_header(path, row) for path, row in table.items()}
     records = [record(src, path, row, masks.get(path, []), options) for path, row in table.items()]
     return Archive(
         dataset="folder",
@@ -143,6 +144,23 @@ def _names(src: Path, path: Path) -> set[str]:
 
 
 # ---------------------------------------------------------------------------------------------- records
+
+
+def with_header(path: Path, row: Row) -> Row:
+    """The row of an image, filled up with what a DICOM header says of patient, exam, side and view."""
+    if path.suffix.lower() in SUFFIXES:
+        return row
+    try:
+        header = read_header(path)
+    except UnreadableImage:  # it is left out, and listed, when its pixels are read
+        return row
+    told = {
+        "patient": header.patient_id,
+        "exam": header.study_uid,
+        "laterality": header.laterality,
+        "view": header.view,
+    }
+    return row | {name: value for name, value in told.items() if value and not row.get(name)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@
 Instances: a file of black and white is one finding. Black and white is what has two values, is a JPEG, or has
 grey levels only along the edges (JPEG's ringing, smoothing): it is cut at half. A file of several values numbers its
 findings, and keeps its numbers. Classes: the values are kept as they are. Palettes of colours give their numbers.
+DICOM masks are not looked for.
 """
 
 from __future__ import annotations

@@ -20,13 +20,12 @@ from ..archive import Archive, SourceOptions
 from ..image import stamp
 from ..reading import read_file
 from ..record import Record
-from .tables import ABSENT, Row, find_image, find_table, given, known, left_out, number, read_csv, whole
+from .tables import ABSENT, Row, decade, find_image, find_table, given, known, left_out, read_csv, whole
 
 COLUMNS = (
     *("site_id", "patient_id", "image_id", "laterality", "view", "age", "cancer", "biopsy", "invasive", "BIRADS"),
     *("implant", "density", "machine_id", "difficult_negative_case"),
 )
-OLDEST = 80
 LICENCE = "RSNA 2022 competition rules: non-commercial"
 NOTES = (
     "cancer is told per breast: every view of the breast has it, whether it shows there or not",
@@ -87,12 +86,3 @@ def labels(row: Row) -> dict[str, str | int]:
         machine=known(row["machine_id"]),
         age=decade(row["age"]),
     )
-
-
-def decade(cell: str) -> str:
-    """`50-59` of 57.0, `80+` of 80 and more, nothing of nothing."""
-    age = number(cell)
-    if age is None or age < 0:
-        return ""
-    start = int(age) // 10 * 10
-    return f"{OLDEST}+" if start >= OLDEST else f"{start}-{start + 9}"

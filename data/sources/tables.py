@@ -104,6 +104,15 @@ def whole(cell: str) -> int | None:
     return int(value) if value is not None and value == int(value) else None
 
 
+def decade(cell: str) -> str:
+    """An age as `40-49`, from 80 on `80+`, as exact high ages identify; nothing of nothing."""
+    age = number(cell)
+    if age is None or age < 0:
+        return ""
+    start = int(age) // 10 * 10
+    return "80+" if start >= 80 else f"{start}-{start + 9}"
+
+
 def numbered_density(cell: str) -> str:
     """The letter of a density numbered 1 … 4, or nothing: 5 and others are no density."""
     return DENSITIES.get(str(whole(cell)), "")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from miram.data.image import encode_png
+from miram.data.layout import Encoded, Moments, finished, seal, write_tar
 from miram.data.phantom import PhantomSettings
 from miram.data.record import Film, Pixels
-from miram.data.layout import Encoded, Moments, finished, seal, write_tar
 from miram.data.sources.phantom import make_phantoms
 
 Build = Callable[..., Path]

@@ -61,6 +61,7 @@ class Server:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two packets
     site: Server
 
     def log_message(self, *_: object) -> None:

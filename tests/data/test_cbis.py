@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicoms import write_dicom
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,7 +24,6 @@ from miram.data.record import Film, Record
 from miram.data.sources.cbis import read, square
 from miram.data.sources.cbis_tables import Finding, labels, read_tables
 from miram.engine.errors import UserError
-from miram.tests.data.dicoms import write_dicom
 
 REAL = Path(os.environ.get("MIRAM_REAL_DATA", "nowhere")) / "metadata_csv"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="MIRAM_REAL_DATA names no folder with metadata_csv")

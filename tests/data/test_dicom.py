@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dicoms import CANARIES, NEAR, SYNTAXES, lut, mammogram, plant, save, write_dicom
 from numpy.typing import NDArray
 from pydicom import dcmread, uid
 from pydicom.dataset import Dataset
@@ -25,7 +28,6 @@ from miram.data import dicom_decoder
 from miram.data.dicom import DicomOptions, is_dicom, read_dicom, read_header
 from miram.data.image import UnreadableImage
 from miram.data.record import Film
-from miram.tests.data.dicoms import CANARIES, NEAR, SYNTAXES, lut, mammogram, plant, save, write_dicom
 
 REAL = Path(os.environ.get("MIRAM_REAL_DATA", "nowhere")) / "mg_dicom"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="MIRAM_REAL_DATA names no folder with mg_dicom")
@@ -105,7 +107,8 @@ def test_a_file_without_a_preamble_is_known_and_read(tmp_path: Path) -> None:
 
 def test_other_files_are_no_dicom(tmp_path: Path) -> None:
     assert is_dicom(write_dicom(tmp_path / "a.dcm", CODES))
-    for number, content in enumerate([b"", b"II*\0", b"P5 3 3 255\n" + bytes(200), b"\x89PNG" + bytes(300), b"\10\0" * 4]):
+    others = [b"", b"II*\0", b"P5 3 3 255\n" + bytes(200), b"\x89PNG" + bytes(300), b"\10\0" * 4]
+    for number, content in enumerate(others):
         (tmp_path / str(number)).write_bytes(content)
         assert not is_dicom(tmp_path / str(number))
     assert not is_dicom(tmp_path)
@@ -119,16 +122,16 @@ def test_bits_beside_the_stored_ones_do_not_count(film: Callable[..., Film]) -> 
 
 
 def test_what_the_decoder_process_does_not_survive_is_a_refusal(
-    film: Callable[..., Film], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_dicom(tmp_path / "a.dcm", BREAST, syntax="jpeg-lossless")
     read_dicom(path, DicomOptions())
-    child = dicom_decoder.decoder._child
-    assert child
-    child.kill()
-    child.wait()
-    np.testing.assert_array_equal(read_dicom(path, DicomOptions()).pixels, BREAST)  # a new one was started
-    monkeypatch.setattr(dicom_decoder, "PATIENCE", 0.0)
+    assert dicom_decoder.decoder._child
+    dicom_decoder.decoder._child.kill()  # as the file before may have done: this one is not to blame
+    np.testing.assert_array_equal(read_dicom(path, DicomOptions()).pixels, BREAST)
+    assert dicom_decoder.decoder._child
+    dicom_decoder.decoder._child.send_signal(signal.SIGSTOP)  # it hangs
+    monkeypatch.setattr(dicom_decoder, "PATIENCE", 0.02)
     with pytest.raises(UnreadableImage, match="gave up"):
         read_dicom(path, DicomOptions())
     monkeypatch.undo()
@@ -186,7 +189,7 @@ def test_windows_follow_the_formulas_of_the_standard(
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("rescale", [(None, None), (2, -1000), (0.5, 7.25), (-1, 4095)])
+@pytest.mark.parametrize("rescale", [(None, None), (2, -1000), (0.5, 7.25)])
 def test_windows_agree_with_pydicom(
     tmp_path: Path, function: str, signed: bool, rescale: tuple[float | None, float | None]
 ) -> None:
@@ -199,12 +202,14 @@ def test_windows_agree_with_pydicom(
         theirs = apply_voi_lut(apply_modality_lut(header.pixel_array, header), header, index=index)
         # Theirs spans what the modality's units can be, ours 0 to 4095.
         low = slope * (-2048 if signed else 0) + float(rescale[1] or 0)
-        expected = (theirs - low) / slope if slope > 0 else (theirs - low) / slope
         ours = read_dicom(path, DicomOptions(voi_index=index)).pixels
-        if slope > 0:
-            assert np.abs(ours - expected).max() <= 0.51
-        else:
-            assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
+        assert np.abs(ours - (theirs - low) / slope).max() <= 0.51
+
+
+def test_a_falling_rescale_turns_the_window_round(film: Callable[..., Film]) -> None:
+    found = film(CODES, RescaleSlope=-2, RescaleIntercept=8000, WindowCenter=4000, WindowWidth=3000)
+    expected = [linear(8000 - 2.0 * float(x), 4000, 3000, 4095) for x in CODES.ravel()]
+    assert np.abs(found.pixels.ravel() - np.array(expected)).max() <= 0.5 + 1e-6
 
 
 def test_the_lookup_table_comes_before_the_window(film: Callable[..., Film]) -> None:
@@ -286,7 +291,7 @@ def test_padding_is_darkest_whatever_the_rest(
     tags = {"PhotometricInterpretation": photometric, "PresentationLUTShape": None, **window}
     found = film(CODES, PixelPaddingValue=value, PixelPaddingRangeLimit=limit, **tags)
     ends = sorted((value, value if limit is None else limit))
-    padding = (CODES >= ends[0]) & (CODES <= ends[1])
+    padding = (ends[0] <= CODES) & (ends[1] >= CODES)
     assert not found.pixels[padding].any()
     np.testing.assert_array_equal(found.pixels[~padding], film(CODES, **tags).pixels[~padding])
 
@@ -348,7 +353,7 @@ def test_implants_are_left_out_only_where_asked(film: Callable[..., Film]) -> No
         ({"WindowCenter": [5, 6], "WindowWidth": 9}, "centre or a width"),
         ({"WindowCenter": 5, "WindowWidth": 9, "VOILUTFunction": "CUBIC"}, "function"),
         ({"RescaleSlope": 0}, "rescale"),
-        ({"RescaleSlope": 1e300}, "rescale"),
+        ({"RescaleSlope": 1e307}, "rescale"),
         ({"BitsStored": 13, "HighBit": 11}, "bits"),
         ({"BitsStored": 17}, "bits"),
         ({"BitsStored": 4}, "bits"),
@@ -359,6 +364,8 @@ def test_implants_are_left_out_only_where_asked(film: Callable[..., Film]) -> No
         ({"Columns": 63}, "too few"),
         ({"Rows": 65535, "Columns": 65535}, "more than"),
         ({"Rows": 128}, "pixels"),
+        ({"Rows": 128, "Columns": 31}, "too few"),
+        ({"Columns": 128}, "pixels"),
         ({"VOILUTSequence": [lut(np.arange(9), 0, 0)]}, "lookup table"),
         ({"VOILUTSequence": [Dataset()]}, "lookup table"),
     ],
@@ -372,7 +379,7 @@ def test_headers_that_make_no_sense_are_refused(film: Callable[..., Film], tags:
 def test_numbers_that_are_none_are_named_by_keyword_alone(tmp_path: Path, keyword: str, value: bytes) -> None:
     tags = {"WindowCenter": 7007, "WindowWidth": 7007, "RescaleSlope": 1, "RescaleIntercept": 0, keyword: 7113}
     path = write_dicom(tmp_path / "a.dcm", CODES, **tags)
-    path.write_bytes(path.read_bytes().replace(b"\4\0" b"7113", len(value).to_bytes(2, "little") + value))
+    path.write_bytes(path.read_bytes().replace(b"\x06\x007113.0", len(value).to_bytes(2, "little") + value))
     with pytest.raises(UnreadableImage, match=f"its {keyword} is not a number") as caught:
         read_dicom(path, DicomOptions())
     assert "Doe" not in str(caught.value)
@@ -420,14 +427,24 @@ def test_a_j2k_bomb_takes_neither_time_nor_memory(tmp_path: Path) -> None:
         read_dicom(save(tmp_path / "a.dcm", header), DicomOptions())
 
 
+def test_an_rle_bomb_is_refused_by_its_length(tmp_path: Path) -> None:
+    """Each pair of bytes makes 128: a frame of so many is far more than its header says."""
+    header = mammogram(LEVELS.astype(np.uint8), syntax="rle")
+    pairs = b"\x81\0" * 60_000
+    header.PixelData = encapsulate([struct.pack("<16I", 1, 64, *[0] * 14) + pairs])
+    with pytest.raises(UnreadableImage, match="size"):
+        read_dicom(save(tmp_path / "a.dcm", header), DicomOptions())
+
+
 def test_a_deflated_bomb_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1 << 22)
+    monkeypatch.setattr("miram.data.dicom_pixels.BESIDE", 1 << 23)
     header = mammogram(LEVELS, syntax="deflated", BitsStored=16)
     path = save(tmp_path / "a.dcm", header)
     assert read_dicom(path, DicomOptions()).max_value == 65535
     start = 144 + int.from_bytes(path.read_bytes()[140:144], "little")
     plain = zlib.decompress(path.read_bytes()[start:], -zlib.MAX_WBITS)
-    blob = b"\x07\x00\x10\x00UN\0\0" + (1 << 29).to_bytes(4, "little") + bytes(1 << 29)  # before the pixels
+    blob = b"\x07\x00\x10\x00UN\0\0" + (1 << 26).to_bytes(4, "little") + bytes(1 << 26)  # before the pixels
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     path.write_bytes(path.read_bytes()[:start] + packer.compress(blob + plain) + packer.flush())
     with pytest.raises(UnreadableImage):
@@ -563,9 +580,15 @@ def mutated(sound: bytes, pixels_at: int, seed: str) -> bytes:
 def test_mutated_files_end_as_films_or_refusals(tmp_path: Path, syntax: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Forty a syntax, 480 in all. Several of them kill the process that decodes."""
     pixels = (BREAST >> 4).astype(np.uint8) if syntax == "jpeg" else BREAST
-    tags = {"WindowCenter": [1000, 900], "WindowWidth": [2000, 800], "VOILUTSequence": [lut(np.arange(4096) // 2, 0, 12)]}
+    tags = {
+        "WindowCenter": [1000, 900],
+        "WindowWidth": [2000, 800],
+        "VOILUTSequence": [lut(np.arange(4096) // 2, 0, 12)],
+    }
     path = write_dicom(tmp_path / "a.dcm", pixels, syntax=syntax, **tags)
-    sound, outcomes, started = path.read_bytes(), [], time.monotonic()
+    sound, started = path.read_bytes(), time.monotonic()
+    outcomes: list[object] = []
+    reasons: list[str] = []
     pixels_at = max(sound.rfind(b"\xe0\x7f\x10\x00"), 400)
     for number in range(40):
         path.write_bytes(mutated(sound, pixels_at, f"{syntax} {number}"))
@@ -573,9 +596,9 @@ def test_mutated_files_end_as_films_or_refusals(tmp_path: Path, syntax: str, cap
             try:
                 outcomes.append(read(path))
             except UnreadableImage as refusal:
-                outcomes.append(refusal)
-                assert str(tmp_path) not in str(refusal)
-    assert sum(isinstance(outcome, UnreadableImage) for outcome in outcomes) > 5
+                reasons.append(str(refusal))
+    assert len(reasons) > 5
+    assert not [reason for reason in reasons if str(tmp_path) in reason]
     assert all(f.pixels.max() <= f.max_value for f in outcomes if isinstance(f, Film))
     assert time.monotonic() - started < 60
     assert capfd.readouterr().err == ""
@@ -599,7 +622,8 @@ def test_a_real_jpeg_2000_film_needs_leave_as_its_modality_is_rg() -> None:
     with pytest.raises(UnreadableImage, match="modality"):
         read_dicom(path, DicomOptions())
     found = read_dicom(path, DicomOptions(any_modality=True, voi="none"))
-    np.testing.assert_array_equal(found.pixels, dcmread(path).pixel_array)
+    # The sum as Pillow and GDCM both decode it.
+    assert (found.pixels.shape, int(found.pixels.sum(dtype=np.int64))) == ((4664, 3064), 23019715355)
     assert read_header(path).view == "MLO"
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicoms import write_dicom
 from PIL import Image
 
 from miram.data.archive import Archive, SourceOptions
 from miram.data.record import Box, Record
 from miram.data.sources import embed
 from miram.engine.errors import UserError
-
-from .dicoms import write_dicom
 
 HEIGHT, WIDTH = 100, 80
 UID = "1.2.840.113681.2750824997.787.3596559977."

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dicoms import write_dicom
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -739,3 +740,19 @@ def test_their_own_tables_are_refused_for_the_names_they_repeat(tmp_path: Path, 
         (tmp_path / "l.csv").write_text(header)
         with pytest.raises(UserError, match=complaint):
             read_archive("folder", REAL / name, SourceOptions(labels=tmp_path / "l.csv"))
+
+
+def test_what_the_table_leaves_open_is_taken_from_dicom_headers(tmp_path: Path) -> None:
+    pixels = np.full((600, 600), 7, np.uint16)
+    for i, (patient, side) in enumerate((("A", "L"), ("A", "R"), ("B", "L"))):
+        write_dicom(tmp_path / f"{i}.dcm", pixels, PatientID=patient, ImageLaterality=side, ViewPosition="CC")
+    bare = read_archive("folder", tmp_path, SourceOptions())
+    assert [(r.patient_id, r.laterality, r.view) for r in bare.records] == [
+        ("A", "L", "CC"),
+        ("A", "R", "CC"),
+        ("B", "L", "CC"),
+    ]
+    assert not any("no patient" in note for note in bare.notes)
+    (tmp_path / "labels.csv").write_text("file,patient,view\n0.dcm,mine,MLO\n1.dcm,,\n")
+    named = read_archive("folder", tmp_path, SourceOptions(labels=tmp_path / "labels.csv"))
+    assert [(r.patient_id, r.laterality, r.view) for r in named.records] == [("mine", "L", "MLO"), ("A", "R", "CC")]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicoms import write_dicom
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,8 +17,6 @@ from miram.data.image import UnreadableImage
 from miram.data.record import Polygon, Record
 from miram.data.sources import inbreast, outlines
 from miram.engine.errors import UserError
-
-from .dicoms import write_dicom
 
 HEIGHT, WIDTH = 120, 90
 TABLE = """\

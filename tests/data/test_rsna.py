@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicoms import write_dicom
 from PIL import Image
 
 from miram.data.archive import Archive, SourceOptions
 from miram.data.sources import rsna
 from miram.engine.errors import UserError
-
-from .dicoms import write_dicom
 
 HEADER = (
     "site_id,patient_id,image_id,laterality,view,age,cancer,biopsy,invasive,BIRADS,implant,density,machine_id,"

@@ -19,9 +19,9 @@ from PIL import Image
 
 from miram.data.breast import isolate
 from miram.data.image import encode_png
-from miram.data.phantom import PhantomSettings, records
 from miram.data.layout import Encoded, write_tar
-from miram.data.shards import ShardDataset, read_index, read_manifest
+from miram.data.phantom import PhantomSettings, records
+from miram.data.shards import ShardDataset, read_index
 from miram.data.sources.phantom import make_phantoms
 from miram.data.store import OPEN_SHARDS
 from miram.data.verify import verify
@@ -77,7 +77,7 @@ def test_the_index_says_what_the_json_says(phantoms: Path) -> None:
 
 def test_plain_webdataset_reads_the_same_keys_and_bytes(build: Build, images: Images) -> None:
     shards = ShardDataset(build(images, per_shard=7))
-    urls = sorted(str(path) for path in Path(shards.roots[0]).glob('*.tar'))
+    urls = sorted(str(path) for path in Path(shards.roots[0]).glob("*.tar"))
     foreign = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert len(urls) == 3
     assert [sample["__key__"] for sample in foreign] == [row["key"] for row in shards.rows]
@@ -98,7 +98,7 @@ def test_offsets_and_sizes_are_those_of_the_tar(phantoms: Path) -> None:
             assert file is not None
             assert raw[start : start + size] == file.read()
             seen += 1
-    assert seen == 3 * sum(row['shard'] == first_shard(phantoms).name for row in rows.values()) == 24
+    assert seen == 3 * sum(row["shard"] == first_shard(phantoms).name for row in rows.values()) == 24
 
 
 def test_equal_input_gives_equal_bytes(phantoms: Path, tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from miram.data.splits import (
 from miram.engine.errors import UserError
 
 Row = dict[str, str]
+Change = Callable[[dict[str, Any]], object]
 
 
 def image(patient: str, label: str = "", split: str = "", dataset: str = "a") -> Row:
@@ -62,8 +66,8 @@ def test_every_patient_is_on_one_side_whatever_the_cohort(
     folds, val = held_out
     try:
         split = make_split(rows, task="risk", seed=seed, test=test, folds=folds, val=val, fractions=fractions)
-    except UserError as error:
-        assert "too few" in str(error)
+    except UserError:  # a fold more than patients to train on
+        assert folds
         return
     everyone = {patient_of(row) for row in rows}
     assert sorted(p for part in split.splits.values() for p in part) == sorted(everyone)
@@ -73,7 +77,7 @@ def test_every_patient_is_on_one_side_whatever_the_cohort(
         assert sorted(p for fold in split.folds for p in fold) == sorted(train)
         assert max(map(len, split.folds)) - min(map(len, split.folds)) <= 1
     parts = [set(split.fractions[f"{f:g}"]) for f in sorted(fractions)] + [set(train)]
-    assert all(smaller <= larger for smaller, larger in zip(parts, parts[1:], strict=False))
+    assert all(smaller <= larger for smaller, larger in pairwise(parts))
     classes = patient_classes(rows, "risk")
     kinds = {(p[0], classes[p]) for p in train}
     assert all({(p[0], classes[p]) for p in part} == kinds for part in parts), "a class is missing from a fraction"
@@ -165,8 +169,8 @@ def test_the_official_test_is_kept_and_takes_patients_of_both_sides() -> None:
     split = make_split(rows, task="risk", keep_official=True, folds=3)
     assert set(split.splits["test"]) == {f"a/p{i}" for i in (0, 1, 2, 3, 4, 7)}
     assert len(split.splits["train"]) == 14
-    with pytest.raises(UserError, match="'' "):
-        make_split([image("p", "low"), image("q", "low", "trian")], keep_official=True)
+    with pytest.raises(UserError, match="data says '', 'trian'"):
+        make_split([image("p"), image("q", split="trian")], keep_official=True)
 
 
 def test_equal_patient_names_of_two_data_sets_are_two_patients() -> None:
@@ -218,30 +222,26 @@ def test_a_file_reads_back_and_is_plain_json(written: tuple[Path, list[Row], Spl
     assert Counter(again.sides(rows, 1)) == {"train": 48, "val": 16, "test": 16}
 
 
-def edit(path: Path, change: str) -> None:
-    content = json.loads(path.read_text())
-    exec(change, {"c": content})
-    path.write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("c['splits']['test'].append(c['splits']['train'][0])", "listed more than once in splits"),
-        ("c['splits']['test'].append(c['splits']['test'][0])", "listed more than once in splits"),
-        ("c['folds'][0].append(c['folds'][1][0])", "listed more than once in folds"),
-        ("c['folds'][0].pop()", "not the patients of train"),
-        ("c['folds'][0].append(c['splits']['test'][0])", "not the patients of train"),
-        ("c['fractions']['0.1'].append(c['splits']['test'][0])", "not in the next larger part"),
-        ("c['fractions']['a'] = []", "fractions"),
-        ("c['splits']['tset'] = c['splits'].pop('test')", "train, tset"),
-        ("del c['folds']", "folds"),
-        ("c['splits']['train'] = [3]", "splits.train"),
-        ("c['schema'] = 'other'", "miram.split/1"),
+        (lambda c: c["splits"]["test"].append(c["splits"]["train"][0]), "listed more than once in splits"),
+        (lambda c: c["splits"]["test"].append(c["splits"]["test"][0]), "listed more than once in splits"),
+        (lambda c: c["folds"][0].append(c["folds"][1][0]), "listed more than once in folds"),
+        (lambda c: c["folds"][0].pop(), "not the patients of train"),
+        (lambda c: c["folds"][0].append(c["splits"]["test"][0]), "not the patients of train"),
+        (lambda c: c["fractions"]["0.1"].append(c["splits"]["test"][0]), "not in the next larger part"),
+        (lambda c: c["splits"].update({"tset": c["splits"].pop("test")}), "train, tset"),
+        (lambda c: c.pop("folds"), "folds"),
+        (lambda c: c["fractions"].update({"a": 3}), "fractions.a"),
+        (lambda c: c["splits"].update({"train": [3]}), "splits.train"),
+        (lambda c: c.update({"schema": "other"}), "miram.split/1"),
     ],
 )
-def test_an_edited_file_is_refused(written: tuple[Path, list[Row], Split], change: str, words: str) -> None:
-    edit(written[0], change)
+def test_an_edited_file_is_refused(written: tuple[Path, list[Row], Split], change: Change, words: str) -> None:
+    content = json.loads(written[0].read_text())
+    change(content)
+    written[0].write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
         read_split(written[0])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import multiprocessing
-import os
 import random
 import re
 import subprocess
@@ -13,9 +12,12 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from http_server import Server, serve
 
 from miram.data import remote, store
 from miram.data.store import (
@@ -26,6 +28,7 @@ from miram.data.store import (
     RemoteStore,
     Store,
     Unreachable,
+    around,
     check_scheme,
     display,
     is_remote,
@@ -36,8 +39,6 @@ from miram.data.store import (
     span,
 )
 from miram.engine.errors import UserError
-
-from .http_server import Server, serve
 
 CONTENT = random.Random(0).randbytes(400_000)
 
@@ -59,7 +60,9 @@ def site(tmp_path: Path) -> Iterator[Server]:
 # ---------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("url", ["/a/b", "./a:b", "a/b", "file:///a", "http://h/x", "HTTPS://h:8/x", "s3://b/x", "gs://b/x"])
+@pytest.mark.parametrize(
+    "url", ["/a/b", "./a:b", "a/b", "file:///a", "http://h/x", "HTTPS://h:8/x", "s3://b/x", "gs://b/x"]
+)
 def test_paths_and_a_few_schemes_are_places(url: str) -> None:
     check_scheme(url)
 
@@ -149,6 +152,11 @@ def test_members_that_are_far_apart_have_no_span(places: list[Place]) -> None:
         span(places)
 
 
+def test_the_run_around_a_member_leaves_out_what_is_far() -> None:
+    members = [("a", 0, 100), ("a", 600, 5000), ("a", 90_000, 10), ("b", 500, 10)]
+    assert [around(place, members) for place in members] == [("a", 0, 5600)] * 2 + members[2:]
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 
@@ -163,7 +171,9 @@ def test_every_store_reads_the_same_bytes(site: Server) -> None:
             start = rng.randrange(len(CONTENT))
             size = rng.randrange(min(9000, len(CONTENT) - start))
             if rng.random() < 0.3:
-                reader.prefetch([(join(root, "a.tar"), start + i * 50, 70) for i in range(9) if start + i * 50 + 70 < len(CONTENT)])
+                reader.prefetch(
+                    [(join(root, "a.tar"), start + i * 50, 70) for i in range(9) if start + i * 50 + 70 < len(CONTENT)]
+                )
             assert reader.read(join(root, "a.tar"), start, size) == CONTENT[start : start + size]
             assert reader.read(join(root, "b.tar"), start, size) == CONTENT[::-1][start : start + size]
         assert reader.size(join(root, "a.tar")) == len(CONTENT)
@@ -174,7 +184,7 @@ def test_every_store_reads_the_same_bytes(site: Server) -> None:
 
 def test_what_is_missing_is_told_from_what_is_short(site: Server) -> None:
     for reader, root in stores(site):
-        for use in (lambda name: reader.read(name, 0, 10), reader.size, lambda name: read_text(root, "none.tar")):
+        for use in (partial(reader.read, offset=0, size=10), reader.size, lambda name: read_text(name, "")):
             with pytest.raises(Missing, match=re.escape(f"{root}/none.tar")):
                 use(f"{root}/none.tar")
         for place in ((len(CONTENT) - 5, 10), (len(CONTENT) + 5, 10), (0, len(CONTENT) + 1), (0, 2**60)):
@@ -193,16 +203,20 @@ def test_a_text_too_large_to_be_one_is_not_read(site: Server, monkeypatch: pytes
         assert site.traffic.sent["/a.tar"] <= 1
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_few_local_files_stay_open(tmp_path: Path) -> None:
     for i in range(store.OPEN_SHARDS + 5):
         (tmp_path / f"{i}.tar").write_bytes(bytes([i]) * 9)
-    reader, before = LocalStore(), len(os.listdir("/proc/self/fd"))
+    reader, before = LocalStore(), open_files()
     for _ in range(2):
         for i in range(store.OPEN_SHARDS + 5):
             assert reader.read(f"{tmp_path}/{i}.tar", 3, 4) == bytes([i]) * 4
-    assert len(os.listdir("/proc/self/fd")) == before + store.OPEN_SHARDS
+    assert open_files() == before + store.OPEN_SHARDS
     reader.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 @pytest.mark.parametrize("kind", ["folder", "forbidden", "zero byte"])
@@ -234,7 +248,12 @@ def test_the_cache_keeps_what_was_used_last_and_stays_below_its_limit(site: Serv
     reader.read(shard, 0, 3000)
     reader.read(shard, 30_000, 3000)  # the second one goes
     assert cache.bytes == 9000
-    assert [cache.find((shard, start, 3000)) is not None for start in (0, 10_000, 20_000, 30_000)] == [True, False, True, True]
+    assert [cache.find((shard, start, 3000)) is not None for start in (0, 10_000, 20_000, 30_000)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_batch_larger_than_the_cache_is_still_fetched_once(site: Server) -> None:
@@ -308,7 +327,7 @@ def test_an_epoch_over_two_nodes_with_two_workers_costs_its_bytes_once(site: Ser
         assert process.exitcode == 0
     assert total <= site.traffic.sent["/big.tar"] <= 1.02 * total
     asked = sorted(site.traffic.ranges["/big.tar"])
-    assert all(a[1] <= b[0] for a, b in zip(asked, asked[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(asked))
     assert len(asked) <= len(samples)
 
 
@@ -347,7 +366,7 @@ def test_a_lasting_fault_is_told_after_a_few_attempts(site: Server, fault: str) 
     site.faults["/a.tar"] = [fault] * 99
     for use in (lambda r, p: r.read(*p), lambda r, p: r.prefetch([p])):
         site.forget()
-        with pytest.raises(Unreachable, match="a.tar"):
+        with pytest.raises(Unreachable, match="/a"):
             use(RemoteStore(1), (f"{site.url}/a.tar", 1000, 20_000))
         assert site.traffic.requests["/a.tar"] == remote.ATTEMPTS
 
@@ -355,7 +374,7 @@ def test_a_lasting_fault_is_told_after_a_few_attempts(site: Server, fault: str) 
 @pytest.mark.parametrize("fault", ["403", "401", "400", "shift"])
 def test_a_final_answer_is_not_asked_for_again(site: Server, fault: str) -> None:
     site.faults["/a.tar"] = [fault] * 9
-    with pytest.raises(UserError, match="a.tar"):
+    with pytest.raises(UserError, match="/a"):
         RemoteStore(1).read(f"{site.url}/a.tar", 1000, 20_000)
     assert site.traffic.requests["/a.tar"] == 1
 

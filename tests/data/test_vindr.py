@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicoms import write_dicom
 from PIL import Image
 
 from miram.data.archive import Archive, SourceOptions
@@ -14,8 +15,6 @@ from miram.data.image import UnreadableImage
 from miram.data.record import Box
 from miram.data.sources import vindr
 from miram.engine.errors import UserError
-
-from .dicoms import write_dicom
 
 BREASTS = """\
 study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density,split

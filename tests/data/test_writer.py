@@ -13,6 +13,7 @@ from pathlib import Path
 import broken
 import pytest
 from broken import archive
+
 from miram.data.derive import derive, merge
 from miram.data.geometry import Size
 from miram.data.ingest import ingest, skipped_file
@@ -20,7 +21,6 @@ from miram.data.shards import ShardDataset, read_manifest
 from miram.data.verify import verify
 from miram.data.writer import cut, partial_folder
 from miram.engine.errors import UserError
-
 
 SECRET = b"sixteen bytes or more"
 
@@ -78,7 +78,9 @@ def finished_shards(out: Path) -> int:
     return len(list(partial_folder(out).glob("shard-*.json")))
 
 
-def test_what_was_finished_is_not_done_again(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_finished_is_not_done_again(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import miram.data.ingest as module
 
     done: list[str] = []
@@ -171,7 +173,9 @@ def test_a_smaller_set_keeps_marks_on_their_findings_and_the_way_back(undisturbe
         one, other = first[i], small[i]
         factor = one.pixels.shape[0] / other.pixels.shape[0]
         assert max(other.pixels.shape) == 40
-        assert float(small.rows[i]["spacing_mm"]) == pytest.approx(float(first.rows[i]["spacing_mm"]) * factor, rel=1e-4)
+        assert float(small.rows[i]["spacing_mm"]) == pytest.approx(
+            float(first.rows[i]["spacing_mm"]) * factor, rel=1e-4
+        )
         for a, b in zip(one.meta["circles"], other.meta["circles"], strict=True):
             assert (b["x"] + 0.5) * one.pixels.shape[1] / other.pixels.shape[1] == pytest.approx(a["x"] + 0.5)
             found += 1

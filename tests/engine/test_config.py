@@ -65,7 +65,10 @@ def written(tmp_path: Path) -> Any:
         ("--train.batch_siez=3", "--train.batch_siez is not a known key; did you mean 'train.batch_size'?"),
         ("--model.scales.1.dept=4", "--model.scales.1.dept is not a known key; did you mean 'model.scales.1.depth'?"),
         ("--sed=1", "--sed is not a known key; did you mean 'seed'?"),
-        ("--data.qqq=1", "--data.qqq is not a known key; known: cache_mb, shards, split, task, workers"),
+        (
+            "--data.qqq=1",
+            "--data.qqq is not a known key; known: cache_mb, fold, on_damage, shards, split, split_file, ",
+        ),
         ("--train.int=3", "--train.int is not a known key"),
         ("--model.scales.1={scale: 2, dept: 4}", "--model.scales.1.dept is not"),
         ("--model={encodr: x}", "--model.encodr is not"),
