@@ -4,8 +4,8 @@ python benchmarks/data_views.py [--images 40] [--rounds 5]
 
 All contenders see the same 16-bit mammograms at native size (NYU's samples where MIRAM_REAL_DATA names their folder,
 else phantoms of 3000 rows; a few, repeated with noise), in one process with one thread, from files that the system
-holds in memory, in turns. Time is the process's own on its core, so that others on the machine disturb it less (they
-still share caches and execution units: look at the range). A view is a pair: a random crop of 0.2-1 of the image at 896 x 896, and its half.
+holds in memory, in turns. A view is a pair: a random crop of 0.2-1 of the image at 896 x 896, and its half. Time is the
+process's own, so that others on the machine disturb it less; they still share caches and units: look at the range.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,11 +171,9 @@ def area_resize(image: Pixels, shape: Shape) -> Pixels:
     if image.shape[:2] == shape:
         return image
     if image.ndim == 3:
-        colour: Pixels = np.stack([area_resize(image[..., c], shape) for c in range(image.shape[2])], axis=2)
-        return colour
+        return cast(Pixels, np.stack([area_resize(image[..., c], shape) for c in range(image.shape[2])], axis=2))
     small = Image.fromarray(image.astype(np.float32)).resize(shape[::-1], Image.Resampling.BOX)
-    rounded: Pixels = np.rint(np.asarray(small)).astype(image.dtype)
-    return rounded
+    return cast(Pixels, np.rint(np.asarray(small)).astype(image.dtype))
 
 
 def nearest(image: NDArray[Any], shape: Shape) -> NDArray[Any]:

@@ -52,4 +52,4 @@ def make_key_file(file: Path) -> None:
 
 def hashed(secret: bytes, *parts: str) -> str:
     """16 hex digits of HMAC-SHA256 over the parts."""
-    return hmac.new(secret, "\x1f".join(parts).encode(), hashlib.sha256).hexdigest()[:16]
+    return hmac.new(secret, "\x1f".join(parts).encode(errors="backslashreplace"), hashlib.sha256).hexdigest()[:16]

@@ -21,7 +21,7 @@ from .layout import DESCRIBED, IMAGES, LABEL, MANIFEST, MEMBERS
 from .packed import PackedPixels
 from .record import Pixels
 from .splits import check, read_split, select_official
-from .store import LocalStore, Place, RemoteStore, Store, display, is_remote, join, read_text, span
+from .store import Place, Store, around, check_scheme, display, is_remote, join, open_store, read_text
 from .table import Row, Rows, Table
 
 
@@ -50,6 +50,7 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     """
     if not is_remote(str(folder)):
         if not Path(folder).is_dir():
+            check_scheme(str(folder))
             raise UserError(
                 f"the data folder {folder} is not there; make one with `miram data phantom` or `miram data ingest`"
             )
@@ -129,17 +130,18 @@ class ShardDataset:
         self._sizes = {
             join(r, s["name"]): s["bytes"] for r, m in zip(self.roots, self.manifests, strict=True) for s in m["shards"]
         }
+        self._remote = any(is_remote(shard) for shard in self._sizes)
         self._cache_limit = cache_mb * 2**20
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process opens its own files and keeps its own images."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_stores", "_cache", "_cache_bytes", "_checked")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_store", "_cache", "_cache_bytes", "_checked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Nothing is open and nothing kept."""
         self.__dict__ |= state
-        self._stores: dict[bool, Store] = {False: LocalStore(), True: RemoteStore(max(64, self._cache_limit >> 20))}
+        self._store = open_store(self.roots[0], max(64, self._cache_limit >> 20))
         self._checked: set[str] = set()
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cache_bytes = 0
@@ -170,10 +172,8 @@ class ShardDataset:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start fetching samples that will be asked for soon, where they are remote."""
-        if not any(map(is_remote, self.roots)):
-            return
-        spans = [span(self._places(i).values()) for i in numbers if i not in self._cache]
-        self._stores[True].prefetch([place for place in spans if is_remote(place[0])])
+        if self._remote:
+            self._store.prefetch([p for i in numbers if i not in self._cache for p in self._places(i).values()])
 
     def member(self, i: int, kind: str) -> bytes:
         """The bytes of one member (`png`, `json`, `mask.png`, …) of sample i."""
@@ -225,21 +225,20 @@ class ShardDataset:
         shard, offset, size = places[kind]
         if not is_remote(shard):
             return self._open(shard).read(shard, offset, size)
-        _, start, length = span(places.values())  # one request fetches all of a sample
+        _, start, length = around(places[kind], places.values())  # one request fetches all of a sample
         return self._open(shard).read(shard, start, length)[offset - start :][:size]
 
     def _open(self, shard: str) -> Store:
         """The store that reads a shard, which must be as long as the manifest says."""
-        store = self._stores[is_remote(shard)]
         expected = self._sizes.get(shard)
         if expected is not None and shard not in self._checked:
-            if (found := store.size(shard)) != expected:
+            if (found := self._store.size(shard)) != expected:
                 raise UserError(
                     f"the shard {display(shard)} has {found} bytes, and {expected} by its manifest; "
                     "run `miram data verify`"
                 )
             self._checked.add(shard)
-        return store
+        return self._store
 
     def _remember(self, i: int, sample: Sample) -> Sample:
         if sample.nbytes > self._cache_limit:

@@ -22,6 +22,7 @@ from ..engine.errors import UserError
 from ..engine.guard import ignore_stop_signals
 from ..engine.seeding import generator
 from .shards import Sample, ShardDataset
+from .store import Unreachable
 
 Place = tuple[int, int]  # sample number, epoch
 SHARDS_AT_ONCE = 16
@@ -56,6 +57,8 @@ class ViewDataset(Dataset[dict[str, Any]]):
         i, epoch = place
         try:
             return {**self.view(self.shards[i], epoch), DAMAGED: ""}
+        except Unreachable as error:  # a network that is down is no damage: the sample is sound
+            return {FAULT: str(error)}
         except UserError as error:  # raised in a worker, torch would wrap it into its traceback and keep the workers
             reason = f"sample {self.shards.rows[i]['key']}: {error}"
             return self._instead(i, epoch, reason) if self.skip else {FAULT: str(error)}
@@ -65,8 +68,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         try:
             self.shards.prefetch([i for i, _ in places])
         except UserError as error:
-            if not self.skip:
-                return [{FAULT: str(error)}]
+            return [{FAULT: str(error)}]
         return [self[place] for place in places]
 
     def _instead(self, i: int, epoch: int, reason: str) -> dict[str, Any]:

@@ -342,4 +342,4 @@ def test_many_shards_do_not_keep_as_many_files_open(build: Build, images: Images
     for _ in range(2):
         for i in range(len(shards)):
             np.testing.assert_array_equal(shards[i].pixels, images[0])
-        assert len(shards._stores[False]._files) <= OPEN_SHARDS
+        assert len(shards._store._local._files) <= OPEN_SHARDS
