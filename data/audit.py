@@ -38,13 +38,13 @@ STEP = 2**26
 
 COUNTS = re.compile(rb'"(bytes|n|samples|parameters|step|steps|images|skipped|seed|pixels)": (\d+|\[[^\]"]*\])')
 PATTERNS = {
-    "what looks like a UID": re.compile(rb"(?<![\w.])[012](\.(0|[1-9]\d{0,38})){4,}(?![\w]|\.\d)"),
+    "what looks like a UID": re.compile(rb"(?<![\w.])[012](\.(0|[1-9]\d{0,38})){4,64}(?![\w]|\.\d)"),
     "an ISO date": re.compile(rb"(?<![\w.-])(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])(?!\d)"),
     "what looks like a DICOM date": re.compile(
         rb"(?<![\w.])(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(?![\w]|\.\d)"
     ),
     "a home folder": re.compile(rb"(?<![\w.])/(home|Users|root)/[\w.-]+|\b[A-Za-z]:\\+Users\\+[\w.-]+"),
-    "an e-mail address": re.compile(rb"[\w.+-]+@[\w-]+(\.[\w-]+)*\.[A-Za-z]{2,}"),
+    "an e-mail address": re.compile(rb"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(\.[\w-]{1,63}){0,8}\.[A-Za-z]{2,}"),
 }
 EMBEDDED = re.compile(rb"data:image/png;base64,([A-Za-z0-9+/=]+)")
 NUMBER = re.compile(r"(-?\d+(\.\d+)?(e-?\d+)?)?")
@@ -245,7 +245,7 @@ class _Audit:
             if length > path.stat().st_size or length > LARGEST:
                 yield "header", "is damaged; the file was not searched"
                 return
-            header = re.sub(rb'"data_offsets":\[[^\]]*\]', b"", file.read(length))
+            header = re.sub(rb'"data_offsets":\[[^\]"]*\]', b"", file.read(length))
             yield from (("header", what) for _, what in self._text(header))
             tail = b""
             while self.values.count and (step := file.read(STEP)):

@@ -178,12 +178,16 @@ def area_resize(image: Pixels, shape: Shape) -> Pixels:
 
 def nearest(image: NDArray[Any], shape: Shape) -> NDArray[Any]:
     """(H, W, ...) at another size, each pixel the one its centre falls into."""
+    if image.shape[:2] == shape:
+        return image
     rows, columns = (_centres(new, old) for new, old in zip(shape, image.shape[:2], strict=True))
     return image[rows[:, None], columns]
 
 
 def resize_mask(mask: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
     """A mask at another size, by nearest pixel; a value that would vanish keeps one pixel at its middle."""
+    if mask.shape == shape:
+        return mask
     small = nearest(mask, shape)
     for value in np.setdiff1d(mask, small):
         middle = np.median(np.argwhere(mask == value), axis=0)

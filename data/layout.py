@@ -57,8 +57,9 @@ class Moments:
     @classmethod
     def of(cls, film: Film) -> Moments:
         """The moments of one image."""
-        x = film.pixels.astype(np.float64) / film.max_value
-        return cls(x.size, float(x.sum()), float(np.square(x).sum()))
+        counts = np.bincount(film.pixels.reshape(-1))  # exact, and faster than a copy in floats
+        x = np.arange(len(counts)) / film.max_value
+        return cls(film.pixels.size, float(counts @ x), float(counts @ x**2))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.n + other.n, self.total + other.total, self.squares + other.squares)

@@ -6,8 +6,10 @@ input is skipped. Each row of a band's weights sums to 1.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -23,8 +25,24 @@ Size = tuple[int, int]  # height, width
 Box = tuple[float, float, float, float]  # top, left, height, width in pixels of the stored image
 Kernel = Callable[[NDArray[np.float64], float], NDArray[np.float64]]  # distance in pixels, input pixels an output pixel
 
-ROWS, COLUMNS = 256, 16  # made at a time: scratch stays in cache and is reused (fresh memory costs more than the sums)
+ROWS, COLUMNS = 256, 16  # made at a time, so that scratch stays in cache
 ONE_THREAD = 2**18  # multiplications that OpenBLAS does in one thread, whatever the number of cores
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep up to 256 MiB that were freed for what comes next; elsewhere, nothing.
+
+    By default every large array is new memory, and a view then spends more time in page faults than in sums (measured:
+    8 ms with 1,500 faults, 4 ms without).
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        allocator = ctypes.CDLL(None).mallopt
+        allocator(M_MMAP_THRESHOLD, 2**25)
+        allocator(M_TRIM_THRESHOLD, 2**28)
+
+
+keep_freed_memory()  # on import, so that workers do it however they are started
 
 
 def triangle(distance: NDArray[np.float64], scale: float) -> NDArray[np.float64]:

@@ -286,6 +286,18 @@ class ShardDataset:
         return mean, float(np.sqrt(max(np.average(squares, weights=weights) - mean**2, 0.0)))
 
     @property
+    def channels(self) -> int:
+        """1 for grayscale, 3 for colour.
+
+        Raises:
+            UserError: the data sets differ.
+        """
+        found = {manifest.get("channels", 1) for manifest in self.manifests}
+        if len(found) > 1:
+            raise UserError(f"{', '.join(self.roots)} mix grayscale and colour; ingest them again with one --channels")
+        return int(found.pop())
+
+    @property
     def tasks(self) -> list[str]:
         """The labels that any sample has."""
         return sorted(column.removeprefix(LABEL) for column in self.rows.columns if column.startswith(LABEL))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..data.shards import ShardDataset
 from ..data.views import windows
+from ..engine.errors import UserError
 from ..engine.launch import device
 from ..engine.track import progress_bar
 from ..pretrain.encoder import normalisation
@@ -54,7 +55,16 @@ def digest(vit: VisionTransformer, shards: ShardDataset, pool: str) -> str:
 
 @torch.inference_mode()
 def extract(vit: VisionTransformer, shards: ShardDataset, pool: str, batch_size: int, name: str) -> NDArray[np.float32]:
-    """(n, D) features of every sample, on the accelerator if there is one."""
+    """(n, D) features of every sample, on the accelerator if there is one.
+
+    Raises:
+        UserError: the encoder's channels are not the data's.
+    """
+    if vit.patch_embed.proj.in_channels != shards.channels:
+        raise UserError(
+            f"the encoder takes {vit.patch_embed.proj.in_channels} channels and the data has {shards.channels}; ingest it "
+            "again with --channels, or choose another encoder"
+        )
     on = device()
     vit = vit.eval().to(on)
     sums: NDArray[np.float32] = np.zeros((len(shards), vit.embed_dim), np.float32)

@@ -47,7 +47,7 @@ class EncoderCard:
 
 
 def card_for(name: str, image_size: tuple[int, int], options: Mapping[str, Any]) -> EncoderCard:
-    """The card of a grayscale timm ViT.
+    """The card of a timm ViT, grayscale unless `options` hold another `in_chans`.
 
     Raises:
         UserError: timm knows no such ViT.

@@ -68,7 +68,10 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
 
 def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
     """What the encoder will say of itself: shape, normalisation, and what it was trained on and how."""
-    card = card_for(settings.model.encoder, settings.model.size, settings.model.encoder_options)
+    options = {"in_chans": shards.channels} | settings.model.encoder_options
+    card = card_for(settings.model.encoder, settings.model.size, options)
+    if card.kwargs["in_chans"] != shards.channels:
+        raise UserError(f"model.encoder_options.in_chans is not the {shards.channels} channels of data.shards; leave it out")
     mean, std = shards.pixel_statistics
     provenance = {
         "miram": __version__,
@@ -78,7 +81,7 @@ def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
         "images": len(shards),
         "config_sha256": hashlib.sha256(dump_yaml(settings).encode()).hexdigest(),
     }
-    return replace(card, mean=(mean,), std=(std,), provenance=provenance)
+    return replace(card, mean=(mean,) * shards.channels, std=(std,) * shards.channels, provenance=provenance)
 
 
 def build_model(section: ModelSection, card: EncoderCard, seed: int) -> Miram:

@@ -138,6 +138,19 @@ def test_what_the_decoder_process_does_not_survive_is_a_refusal(
     np.testing.assert_array_equal(read_dicom(path, DicomOptions()).pixels, BREAST)
 
 
+def test_an_interrupted_answer_is_not_the_next_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    first = write_dicom(tmp_path / "a.dcm", BREAST, syntax="jpeg-lossless")
+    second = write_dicom(tmp_path / "b.dcm", 4095 - BREAST, syntax="jpeg-lossless")
+    monkeypatch.setattr(dicom_decoder.json, "loads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_dicom(first, DicomOptions())
+    monkeypatch.undo()
+    np.testing.assert_array_equal(read_dicom(second, DicomOptions()).pixels, 4095 - BREAST)
+
+
 def test_the_decoder_process_ends_with_its_parent(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", BREAST, syntax="jpeg-lossless")
     code = (
