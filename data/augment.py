@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from .resample import Array, Box, Size, resize
 from .shards import Sample
 from .views import Normalisation, draw_box
 
+Chance = Annotated[float, Field(ge=0, le=1)]
+
 
 class PairSection(Section):
     """How the two views of an image are made to differ, beside their crops."""
@@ -41,7 +44,7 @@ class PairSection(Section):
     """distance to the tissue's mean, likewise multiplied"""
     brightness: NonNegativeFloat = 0.2
     """tissue, likewise multiplied"""
-    blur: tuple[float, float] = (1.0, 0.1)
+    blur: tuple[Chance, Chance] = (1.0, 0.1)
     """part of the first and of the second views that are blurred"""
     blur_sigma: tuple[NonNegativeFloat, NonNegativeFloat] = (0.1, 2.0)
     """least and most, in pixels of the view"""

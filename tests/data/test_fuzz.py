@@ -580,13 +580,14 @@ def test_thousands_of_damaged_files_are_read_or_refused(kind: str, inputs: Path)
     assert not failed, "\n".join(failed)
 
 
-def test_the_harness_notices(inputs: Path, tmp_path: Path) -> None:
+def test_the_harness_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong exception, something that runs, a process that ends and too much memory are told."""
     spoiled = tmp_path / "inputs"
     (spoiled / "csv").mkdir(parents=True)  # no inputs: every case fails with IndexError
     assert [line.partition(":")[0] for line in run_cases("csv", 3, 5, spoiled)] == ["csv 3", "csv 4"]
     (tmp_path / SENTINEL).touch()
     assert any("ran" in line for line in run_cases("csv", 0, 0, spoiled))
+    monkeypatch.chdir(tmp_path)
     assert pickle.loads(pickle.dumps(Runs())).name == SENTINEL
 
 
