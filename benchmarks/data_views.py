@@ -37,7 +37,7 @@ from miram.data.layout import Encoded, finished, seal, write_tar
 from miram.data.packed import encode_npy
 from miram.data.phantom import PhantomSettings
 from miram.data.record import Pixels
-from miram.data.resample import area_down, resize
+from miram.data.resample import area_down, keep_freed_memory, resize
 from miram.data.shards import Sample, ShardDataset
 from miram.data.sources.phantom import make_phantoms
 from miram.data.views import MultiScaleViews, Normalisation, draw_box
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every worker does; it helps the peers, too
     with tempfile.TemporaryDirectory() as temporary, threadpool_limits(1):
         folder = Path(temporary)
         print(f"{machine()}\n{prepare(folder, options.images)}; {options.rounds} rounds")

@@ -68,19 +68,26 @@ def ingest_command(
     channels: Annotated[int, typer.Option(help="3 keeps colour.")] = 1,
     level: Annotated[Literal["image", "roi"], typer.Option(help="roi: a square around each finding.")] = "image",
     margin: Annotated[float, typer.Option(min=0, help="Added to each side of such a square, in its sides.")] = 0.0,
-    disjoint: Annotated[bool, typer.Option(help="Patients in both official splits go to test.")] = False,
+    disjoint: Annotated[bool, typer.Option("--disjoint", help="Patients in both official splits go to test.")] = False,
     spacing: Spacing = None,
     max_size: MaxSize = None,
     name: Name = None,
     breast: Annotated[bool | None, typer.Option(help="Isolate the breast; default: as the source says.")] = None,
-    for_processing: Annotated[bool, typer.Option(help="DICOM: take raw FOR PROCESSING images, too.")] = False,
-    any_modality: Annotated[bool, typer.Option(help="DICOM: take other modalities than MG.")] = False,
-    implants: Annotated[bool, typer.Option(help="DICOM: take breasts with implants.")] = True,
+    for_processing: Annotated[
+        bool, typer.Option("--for-processing", help="Take raw FOR PROCESSING images, too.", rich_help_panel="DICOM")
+    ] = False,
+    any_modality: Annotated[
+        bool, typer.Option("--any-modality", help="Take other modalities than MG.", rich_help_panel="DICOM")
+    ] = False,
+    implants: Annotated[bool, typer.Option(help="Take breasts with implants.", rich_help_panel="DICOM")] = True,
     voi: Annotated[
-        Literal["auto", "window", "none"], typer.Option(help="DICOM: LUT first, else window; window; as stored.")
+        Literal["auto", "window", "none"],
+        typer.Option(help="auto: LUT, else window; none: grey levels as stored.", rich_help_panel="DICOM"),
     ] = "auto",
-    voi_index: Annotated[int, typer.Option(min=0, help="DICOM: which of several LUTs or windows.")] = 0,
-    burned_in: Annotated[bool, typer.Option(help="Take images with text on the breast.")] = False,
+    voi_index: Annotated[
+        int, typer.Option(min=0, help="Which of several LUTs or windows.", rich_help_panel="DICOM")
+    ] = 0,
+    burned_in: Annotated[bool, typer.Option("--burned-in", help="Take images with text on the breast.")] = False,
     key: Key = None,
     workers: Workers = None,
     partition: Annotated[str | None, typer.Option(help="i/n: the i-th of n parts; `merge` joins them.")] = None,
@@ -175,7 +182,7 @@ def merge_command(
 
 @app.command("verify")
 def verify_command(
-    folder: Place, samples: Annotated[bool, typer.Option(help="Decode every sample, too.")] = False
+    folder: Place, samples: Annotated[bool, typer.Option("--samples", help="Decode every sample, too.")] = False
 ) -> None:
     """Check every shard against the manifest."""
     from .shards import read_manifest
@@ -222,7 +229,9 @@ def split(
     val: Annotated[float, typer.Option(help="Part of the patients for val.")] = 0.0,
     folds: Annotated[int, typer.Option(help="Parts that train is dealt into, for data.fold.")] = 0,
     fractions: Annotated[str, typer.Option(help="Label fractions of train, such as 0.1,0.25.")] = "",
-    keep_official: Annotated[bool, typer.Option(help="Keep the archive's own test patients.")] = False,
+    keep_official: Annotated[
+        bool, typer.Option("--keep-official", help="Keep the archive's own test patients.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other patients.")] = 0,
 ) -> None:
     """Divide patients into train, val and test, into folds and label fractions, and write it down."""

@@ -42,9 +42,6 @@ def keep_freed_memory() -> None:
         allocator(M_TRIM_THRESHOLD, 2**28)
 
 
-keep_freed_memory()  # on import, so that workers do it however they are started
-
-
 def triangle(distance: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
     """Linear interpolation, widened by `scale` where that makes the image smaller."""
     return np.maximum(1 - np.abs(distance) / max(scale, 1), 0)

@@ -156,13 +156,15 @@ def _called(tag: BaseTag) -> str:
 def element_values(vr: str, content: bytes, encodings: Sequence[str]) -> Iterator[str]:
     """The texts in an element's bytes."""
     short = content.rstrip(b"\0 ")
-    if vr in RAW and not (len(short) <= 64 and short.isascii() and short.decode("ascii").isprintable()):
-        yield from _printable(content)
+    if len(short) > LARGE or (
+        vr in RAW and not (len(short) <= 64 and short.isascii() and short.decode().isprintable())
+    ):
+        yield from _printable(short)
     elif vr not in NUMERIC - {"DS", "IS"}:
         try:
-            text = decode_bytes(content, list(encodings), set(b"\\^=\n\r\f\t"))
+            text = decode_bytes(short, list(encodings), set(b"\\^=\n\r\f\t"))
         except (LookupError, UnicodeError):
-            text = content.decode("latin-1")
+            text = short.decode("latin-1")
         yield from text_values(vr, text)
 
 

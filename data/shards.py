@@ -241,7 +241,7 @@ class ShardDataset:
         return self._store
 
     def _remember(self, i: int, sample: Sample) -> Sample:
-        if sample.nbytes > self._cache_limit:
+        if isinstance(sample.pixels, PackedPixels) or sample.nbytes > self._cache_limit:
             return sample
         self._cache[i] = sample
         self._cache_bytes += sample.nbytes

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..engine.errors import UserError
 from ..engine.guard import ignore_stop_signals
 from ..engine.seeding import generator
+from .resample import keep_freed_memory
 from .shards import Sample, ShardDataset
 from .store import Unreachable
 
@@ -119,8 +120,10 @@ class EpochStream:
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_stop_signals if self.workers else None,
+            worker_init_fn=start_worker if self.workers else None,
         )
+        if not self.workers:
+            keep_freed_memory()
         for batch in loader:
             if FAULT in batch:
                 raise UserError(batch[FAULT])
@@ -133,6 +136,12 @@ class EpochStream:
             if reason not in self.damaged:
                 self.damaged[reason] = None
                 print(f"miram: skipped: {reason}", file=sys.stderr, flush=True)
+
+
+def start_worker(number: int) -> None:
+    """In a worker process, before its first sample."""
+    ignore_stop_signals(number)
+    keep_freed_memory()
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Five thousand damaged files: each is read, or refused by an exception that is documented; nothing hangs or runs.
 
-    python tests/data/test_fuzz.py KIND FIRST END INPUTS      repeats cases FIRST … END-1 of a kind on a folder of inputs
+    python tests/data/test_fuzz.py KIND FIRST END INPUTS      repeats cases FIRST … END-1; INPUTS is told with the failure
 
 A case is a pure function of its kind and number. Cases run in a process of their own, whose memory is limited, under a
 watchdog: a crash in a decoder is told with its number, too.
@@ -26,7 +26,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -36,7 +36,7 @@ import pytest
 from PIL import Image
 
 SENTINEL = "SOMETHING-RAN"
-SLOW, HANGS = 15.0, 40  # seconds a case may take, and after which its process is ended
+SLOW, HANGS = 30.0, 60  # seconds a case may take, and after which its process is ended
 MEMORY = 2 * 2**30  # bytes beyond what the process has taken before its first case
 KINDS = {"dicom": 1500, "png": 1500, "tar": 1000, "csv": 1000}
 QUICK = {"dicom": 300, "png": 400, "tar": 250, "csv": 400}
@@ -120,7 +120,8 @@ def dicom_case(inputs: list[Path], folder: Path, random: Random) -> None:
 
     first, second = (random.choice(inputs).read_bytes() for _ in range(2))
     path = folder / "case.dcm"
-    path.write_bytes(random.choice((nested, *(damaged,) * 12, bomb if random.random() < 0.2 else damaged))(first, second, random))
+    rare = bomb if random.random() < 0.2 else damaged  # it takes seconds
+    path.write_bytes(random.choice((nested, rare, *(damaged,) * 12))(first, second, random))
     options = DicomOptions(any_modality=True, for_processing=True, burned_in=True)
     with allowed(UnreadableImage):
         film = read_file(path, options)
@@ -182,7 +183,7 @@ def chunks(content: bytes, other: bytes, random: Random) -> bytes:
         parts.append((content[at + 4 : at + 8], bytearray(content[at + 8 : at + 8 + length])))
         at += 12 + length
     for _ in range(random.choice((1, 2, 3))):
-        kind, body = random.choice(parts)
+        body = random.choice(parts)[1]
         random.choice((_change_head, _add_bomb, _shuffle, _damage_chunk))(parts, body, random)
     packed = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts)
     return content[:8] + b"".join(packed)
@@ -237,6 +238,9 @@ def tar_case(inputs: list[Path], folder: Path, random: Random) -> None:
         list(verify_samples(case))
     with allowed(UserError):
         shards = ShardDataset(case)
+        assert shards.digest
+        with allowed(UserError):
+            assert len(shards.pixel_statistics) == 2
         for i in range(min(len(shards), 4)):
             with allowed(UserError):
                 shards[i].pixels[:]
@@ -308,9 +312,10 @@ def hostile(info: tarfile.TarInfo, content: bytes, random: Random) -> bytes:
             (b"[" * 100_000, b'{"a":' * 50_000, b"9" * 10_000, b"NaN", b'"\xff"', b"{}", b"1e999", b"")
         )
     elif turn == 6 and info.name.endswith("json"):
-        tree = json.loads(content)
-        change_json(tree, random)
-        return json.dumps(tree).encode()
+        with suppress(ValueError):  # it may be damaged already
+            tree = json.loads(content)
+            change_json(tree, random)
+            return json.dumps(tree).encode()
     elif turn == 7 and info.name.endswith(".png"):
         return chunks(content, b"", random)
     return damaged(content, content, random)
@@ -431,11 +436,12 @@ CASES = {"dicom": dicom_case, "png": png_case, "tar": tar_case, "csv": csv_case}
 
 @contextmanager
 def allowed(*exceptions: type[Exception]) -> Iterator[None]:
-    """Let these pass if they say something short and plain: one that holds a value of the file could tell a name."""
+    """Let these pass if they say something, and nothing that only the header holds."""
     try:
         yield
     except exceptions as error:
-        assert str(error), "an empty message"
+        if not str(error) or "canary" in str(error).lower():
+            raise AssertionError(f"it says {str(error)!r}") from error
 
 
 def work(kind: str, first: int, end: int, inputs: Path) -> None:
@@ -443,7 +449,7 @@ def work(kind: str, first: int, end: int, inputs: Path) -> None:
     warnings.simplefilter("ignore")
     from miram.data import dicom_decoder
 
-    dicom_decoder.PATIENCE = 10.0
+    dicom_decoder.PATIENCE = 4.0
     files = sorted((inputs / kind).iterdir())
     folder = inputs.parent / f"work-{kind}-{first}"
     folder.mkdir(exist_ok=True)
@@ -458,10 +464,8 @@ def work(kind: str, first: int, end: int, inputs: Path) -> None:
             CASES[kind](files, folder, random)
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            where = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "/data/" in f.filename][-2:] + [
-                f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-            ]
-            print(json.dumps([number, f"{type(error).__name__}: {str(error)[:200]} ({' < '.join(where[::-1])})"]))
+            where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-4:-1])
+            print(json.dumps([number, f"{type(error).__name__}: {str(error)[:200]} ({where})"]))
         if (taken_s := time.perf_counter() - begun) > SLOW:
             print(json.dumps([number, f"took {taken_s:.0f} s"]))
         faulthandler.cancel_dump_traceback_later()
@@ -483,7 +487,7 @@ def run_cases(kind: str, first: int, end: int, inputs: Path) -> list[str]:
     peaks = [peak for number, peak in lines if number == "done"]
     failed += [f"{kind}: {peak / 1e6:.0f} MB of memory" for peak in peaks if peak > MEMORY]
     shutil.rmtree(folder)
-    return failed
+    return [*failed, f"INPUTS is {inputs}"] if failed else []
 
 
 # ---------------------------------------------------------------------------------------------- sound inputs
@@ -584,7 +588,7 @@ def test_the_harness_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A wrong exception, something that runs, a process that ends and too much memory are told."""
     spoiled = tmp_path / "inputs"
     (spoiled / "csv").mkdir(parents=True)  # no inputs: every case fails with IndexError
-    assert [line.partition(":")[0] for line in run_cases("csv", 3, 5, spoiled)] == ["csv 3", "csv 4"]
+    assert [line.partition(":")[0] for line in run_cases("csv", 3, 5, spoiled)[:2]] == ["csv 3", "csv 4"]
     (tmp_path / SENTINEL).touch()
     assert any("ran" in line for line in run_cases("csv", 0, 0, spoiled))
     monkeypatch.chdir(tmp_path)

@@ -27,8 +27,8 @@ from miram.data.shards import ShardDataset
 from .dicoms import SOUGHT_FROM, SYNTAXES, mammogram, plant, save
 
 FILES = 300
-FEW = 96  # of these are read once more, without the steps for breasts
-BURNED_IN, CUT = 90, 91  # these two are left out
+FEW = 48  # of these are read once more, without the steps for breasts
+BURNED_IN, CUT = 40, 41  # these two are left out
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def test_what_is_said_on_the_way_quotes_no_header(planted: Planted, ingested: In
     said = ingested.done.stdout + ingested.done.stderr + skipped.read_text()
     assert recovered(planted.values, said.encode()) == set()
     rows = list(csv.reader(skipped.open()))
-    assert sorted(Path(row[0]).stem for row in rows if row[0].endswith(".dcm")) == ["lobato_0090", "lobato_0091"]
+    assert sorted(Path(row[0]).stem for row in rows if row[0].endswith(".dcm")) == ["lobato_0040", "lobato_0041"]
 
 
 def test_the_audit_agrees(planted: Planted, ingested: Ingested) -> None:

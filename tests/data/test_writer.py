@@ -181,3 +181,10 @@ def test_a_smaller_set_keeps_marks_on_their_findings_and_the_way_back(undisturbe
             found += 1
         assert other.meta["geometry"] | {"rows": 0, "columns": 0} == one.meta["geometry"] | {"rows": 0, "columns": 0}
     assert found > 10
+
+
+def test_packed_samples_are_not_kept(undisturbed: Path, tmp_path: Path) -> None:
+    """They hold no pixels, so a limit in bytes would never drop one."""
+    derive(undisturbed, tmp_path / "packed", Size(), packed=True, workers=1)
+    shards = ShardDataset(tmp_path / "packed", cache_mb=1)
+    assert shards[0] is not shards[0]
