@@ -42,6 +42,7 @@ WORDS = re.compile(
     "all|annotations?|archive|asymmetry|benign|birads|breast|calc|calcifications?|circles|csv|data(set)?|density|dicoms?"
     "|diagnosis|exams?|facts|false|female|film|full|geometry|group|images?|jpegs?|labels?|laterality|left|malignant"
     "|mammo(gra(m|ms|phy))?|masks?|mass|none|normal|nothing|patients?|phantoms?|pixels|right|roi|samples?|screening"
+    r"|(info|licen[cs]e|metadata|readme)(\.\w+)?"
     "|series|shards?|split|study|tables?|test(ing)?|train(ing)?|true|unknown|valid(ation)?|view|"
     + "|".join(set(MANUFACTURERS.values()))
 )

@@ -1,6 +1,6 @@
 """Five thousand damaged files: each is read, or refused by an exception that is documented; nothing hangs or runs.
 
-    python tests/data/test_fuzz.py KIND FIRST END INPUTS      repeats cases FIRST … END-1; INPUTS is told with the failure
+    python tests/data/test_fuzz.py KIND FIRST END INPUTS      repeats cases FIRST … END-1; a failure tells INPUTS
 
 A case is a pure function of its kind and number. Cases run in a process of their own, whose memory is limited, under a
 watchdog: a crash in a decoder is told with its number, too.
