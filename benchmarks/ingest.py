@@ -23,7 +23,7 @@ import numpy as np
 import pydicom
 import webdataset  # before the clock starts: it imports torch  # noqa: F401
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from miram.data import breast, ingest, reading
 from miram.data.archive import SourceOptions
@@ -34,7 +34,7 @@ SYNTAXES = {"uncompressed": ExplicitVRLittleEndian, "RLE": RLELossless, "deflate
 FOR_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.2"
 
 
-def write(path: Path, pixels: np.ndarray, number: int, syntax: str) -> None:
+def write(path: Path, pixels: np.ndarray, number: int, syntax: UID) -> None:
     """A mammogram as DICOM."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -98,7 +98,7 @@ def main() -> None:
             race(name, syntax, Path(place) / name.replace(" ", ""), [film.pixels for film in films])
 
 
-def race(name: str, syntax: str, folder: Path, films: list[np.ndarray]) -> None:
+def race(name: str, syntax: UID, folder: Path, films: list[np.ndarray]) -> None:
     """One transfer syntax: bare decode, ingest, and the steps of it."""
     (folder / "dicom").mkdir(parents=True)
     for i, pixels in enumerate(films):

@@ -94,7 +94,7 @@ def ingest_command(
 ) -> None:
     """Turn an archive into shards: breast isolated, ids hashed, grey levels kept. Killed, it goes on where it was."""
     from .archive import SourceOptions
-    from .dicom import DicomOptions
+    from .dicom.reader import DicomOptions
     from .geometry import Size
     from .ingest import ingest
     from .keys import read_secret
@@ -140,7 +140,7 @@ def index_command(
     key: Key = None,
 ) -> None:
     """Adopt WebDataset tars without copying them: an index and a manifest beside them."""
-    from .adopt import adopt
+    from .foreign.adopt import adopt
     from .keys import read_secret
 
     outcome = adopt(src, out, labels=tuple(label or ()), dataset=name, patient=patient, secret=read_secret(key))
@@ -185,7 +185,7 @@ def verify_command(
     folder: Place, samples: Annotated[bool, typer.Option("--samples", help="Decode every sample, too.")] = False
 ) -> None:
     """Check every shard against the manifest."""
-    from .shards import read_manifest
+    from .index import read_manifest
     from .verify import verify, verify_samples
 
     faults = list(verify(folder)) or (list(verify_samples(folder)) if samples else [])
@@ -280,7 +280,7 @@ def audit_command(
     allow: Annotated[list[str] | None, typer.Option(help="Text that is no finding; may be repeated.")] = None,
 ) -> None:
     """Search everything written, decompressed, for what could tell whose images these are."""
-    from .audit import Searched, audit
+    from .audit.look import Searched, audit
 
     searched = Searched()
     findings = list(audit(folder, source, allow or (), searched))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..engine.errors import UserError
-from .dicom import DicomOptions
+from .dicom.reader import DicomOptions
 from .record import Record
 
 

@@ -4,7 +4,7 @@ The heuristic: pieces that stand out from the tissue around them, brighter or da
 mostly of one paint and steep at an edge; four letters of one size, paint and line that follow one another closely,
 along rows or columns, are text.
 
-Measured by `python -m miram.tests.data.test_burned` with MIRAM_REAL_DATA set: names, dates and numbers in Pillow's own
+Measured by `python tests/data/test_burned.py` with MIRAM_REAL_DATA set: names, dates and numbers in Pillow's own
 font, one word of each size at a random place of each breast. Capitals are 12 px high and more in sizes 16, 24, 40 and
 72, 9 px in size 12.
 

@@ -21,11 +21,12 @@ from ..engine.files import sync_folder
 from .duplicates import phash
 from .geometry import Geometry, Size
 from .image import encode_png
+from .index import read_index, read_manifest
 from .ingest import already_written, shrink, skipped_file, write_skipped
 from .layout import Encoded, Moments, Shard, seal
 from .packed import encode_npy
 from .record import Box, Circle, Film, Polygon
-from .shards import Sample, ShardDataset, read_index, read_manifest
+from .shards import Sample, ShardDataset
 from .table import Row
 from .writer import Outcome, Skipped, Work, identity_of, locked, partial_folder, publish, write_set
 

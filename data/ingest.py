@@ -26,10 +26,10 @@ from .burned import text_on
 from .duplicates import phash
 from .geometry import Geometry, Size
 from .image import UnreadableImage, encode_png
+from .index import read_manifest
 from .keys import hashed
 from .layout import LABEL, SAMPLE, Encoded, Moments
 from .record import Film, Record
-from .shards import read_manifest
 from .writer import Outcome, Skipped, Work, cut, discard, identity_of, publish, write_set
 
 __all__ = ["Archive", "Outcome", "ingest"]

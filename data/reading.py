@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from .dicom import DicomOptions, is_dicom, read_dicom
+from .dicom.reader import DicomOptions, is_dicom, read_dicom
 from .image import SUFFIXES, read_film
 from .record import Film
 

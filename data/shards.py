@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from ..engine.errors import UserError
 from .image import decode_image
-from .layout import DESCRIBED, IMAGES, LABEL, MANIFEST, MEMBERS
+from .index import read_manifest, read_table
+from .layout import IMAGES, LABEL, MEMBERS
 from .packed import PackedPixels
 from .record import Pixels
 from .splits import check, read_split, select_official
-from .store import Place, Store, around, check_scheme, display, is_remote, join, open_store, read_text
-from .table import Row, Rows, Table
+from .store.local import Place, Store, around, display, is_remote, join, open_store
+from .table import Rows
 
 
 @dataclass(frozen=True)
@@ -40,60 +41,6 @@ class Sample:
         """Memory its arrays take; packed pixels stay on disk."""
         held = 0 if isinstance(self.pixels, PackedPixels) else self.pixels.nbytes
         return held + (0 if self.mask is None else self.mask.nbytes)
-
-
-def read_manifest(folder: Path | str) -> dict[str, Any]:
-    """The manifest of a data set.
-
-    Raises:
-        UserError: the folder is missing or holds no shards of ours.
-    """
-    if not is_remote(str(folder)):
-        if not Path(folder).is_dir():
-            check_scheme(str(folder))
-            raise UserError(
-                f"the data folder {folder} is not there; make one with `miram data phantom` or `miram data ingest`"
-            )
-        if not (Path(folder) / "manifest.json").exists():
-            raise UserError(f"{folder} holds no manifest.json, so it is no data set; make one with `miram data ingest`")
-    try:
-        manifest = json.loads(read_text(str(folder), "manifest.json"))
-        sound = manifest["schema"] == MANIFEST and isinstance(manifest["shards"], list) and manifest["index"]["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        sound = False
-    if not sound:
-        raise UserError(f"{join(str(folder), 'manifest.json')} is damaged or of another program; ingest again")
-    return manifest
-
-
-def read_table(folder: Path | str) -> Table:
-    """The index of a data set, in the shards' order.
-
-    Raises:
-        UserError: it is missing, damaged, or lacks columns.
-    """
-    path = join(str(folder), "index.csv")
-    if not is_remote(path) and not Path(path).exists():
-        raise UserError(f"{path} is not there; ingest the data set again")
-    try:
-        table = Table.read(read_text(str(folder), "index.csv"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); ingest the data set again") from error
-    missing = {"key", "shard", *DESCRIBED} - set(table.columns)
-    if not any(f"{kind}_offset" in table.columns for kind in IMAGES):
-        missing.add("png_offset")
-    if missing:
-        raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))}; ingest the data set again")
-    return table
-
-
-def read_index(folder: Path | str) -> list[Row]:
-    """The rows of index.csv as text.
-
-    Raises:
-        UserError: it is missing, damaged, or lacks columns.
-    """
-    return list(Rows.all_of([read_table(folder)]))
 
 
 class ShardDataset:

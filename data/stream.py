@@ -23,7 +23,7 @@ from ..engine.guard import ignore_stop_signals
 from ..engine.seeding import generator
 from .resample import keep_freed_memory
 from .shards import Sample, ShardDataset
-from .store import Unreachable
+from .store.local import Unreachable
 
 Place = tuple[int, int]  # sample number, epoch
 SHARDS_AT_ONCE = 16

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from .index import read_index, read_manifest
 from .layout import LABEL
-from .shards import read_index, read_manifest
 from .table import Row
 
 

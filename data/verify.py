@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import UserError
+from .index import read_manifest
 from .layout import scan
-from .shards import ShardDataset, read_manifest
-from .store import Missing, Store, is_remote, join, open_store, read_text
+from .shards import ShardDataset
+from .store.local import Missing, Store, is_remote, join, open_store, read_text
 
 BLOCK = 8 * 2**20
 

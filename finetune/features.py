@@ -62,8 +62,8 @@ def extract(vit: VisionTransformer, shards: ShardDataset, pool: str, batch_size:
     """
     if vit.patch_embed.proj.in_channels != shards.channels:
         raise UserError(
-            f"the encoder takes {vit.patch_embed.proj.in_channels} channels and the data has {shards.channels}; ingest it "
-            "again with --channels, or choose another encoder"
+            f"the encoder takes {vit.patch_embed.proj.in_channels} channels and the data has {shards.channels}; ingest "
+            "it again with --channels, or choose another encoder"
         )
     on = device()
     vit = vit.eval().to(on)

@@ -71,7 +71,9 @@ def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
     options = {"in_chans": shards.channels} | settings.model.encoder_options
     card = card_for(settings.model.encoder, settings.model.size, options)
     if card.kwargs["in_chans"] != shards.channels:
-        raise UserError(f"model.encoder_options.in_chans is not the {shards.channels} channels of data.shards; leave it out")
+        raise UserError(
+            f"model.encoder_options.in_chans is not the {shards.channels} channels of data.shards; leave it out"
+        )
     mean, std = shards.pixel_statistics
     provenance = {
         "miram": __version__,

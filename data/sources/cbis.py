@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
-from ..dicom import DicomOptions
+from ..dicom.reader import DicomOptions
 from ..geometry import nearest
 from ..image import UnreadableImage, stamp
 from ..reading import is_image, read_file

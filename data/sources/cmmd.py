@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
-from ..dicom import Header, read_header
+from ..dicom.reader import Header, read_header
 from ..image import UnreadableImage, stamp
 from ..reading import is_image, read_file
 from ..record import Label, Record

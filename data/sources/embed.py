@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
-from ..dicom import DicomOptions
+from ..dicom.reader import DicomOptions
 from ..image import stamp
 from ..record import Box, Film, Record
 from .tables import (

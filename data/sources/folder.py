@@ -22,7 +22,7 @@ from typing import Literal
 
 from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
-from ..dicom import DicomOptions, read_header
+from ..dicom.reader import DicomOptions, read_header
 from ..image import SUFFIXES, UnreadableImage, in_colour, opened, read_film, stamp, stored_range
 from ..reading import is_image, read_file
 from ..record import Film, MaskKind, Record

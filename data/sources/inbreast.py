@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
-from ..dicom import DicomOptions
+from ..dicom.reader import DicomOptions
 from ..image import UnreadableImage, stamp
 from ..reading import read_file
 from ..record import Film, Polygon, Record

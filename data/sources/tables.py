@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ...engine.errors import UserError
-from ..dicom import DicomOptions
+from ..dicom.reader import DicomOptions
 from ..image import UnreadableImage
 from ..reading import read_file
 from ..record import Box, Film

@@ -21,14 +21,14 @@ import webdataset
 from http_server import serve
 from PIL import Image
 
-from miram.data.adopt import Survey, adopt, expand, survey, unique
-from miram.data.header import Head, image_head
+from miram.data.foreign.adopt import Survey, adopt, expand, survey, unique
+from miram.data.foreign.heads import Head, image_head
+from miram.data.foreign.walk import Window, members
 from miram.data.image import MAX_PIXELS, UnreadableImage, encode_png
 from miram.data.keys import hashed
 from miram.data.packed import encode_npy
 from miram.data.shards import ShardDataset
-from miram.data.store import LocalStore
-from miram.data.walk import Window, members
+from miram.data.store.local import LocalStore
 from miram.engine.errors import UserError
 
 SECRET = b"0123456789abcdef"

@@ -21,10 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 from pydicom import dcmread
 from safetensors.numpy import save_file
 
-from miram.data.audit import Searched, audit
+from miram.data.audit.look import Searched, audit
+from miram.data.audit.search import Values, Windows, archive_values, text_values
 from miram.data.image import encode_png
 from miram.data.packed import encode_npy
-from miram.data.search import Values, Windows, archive_values, text_values
 from miram.engine.errors import UserError
 
 Member = tuple[tarfile.TarInfo, bytes]

@@ -137,7 +137,7 @@ def test_real_films_hold_no_text_until_it_is_planted() -> None:
 
 
 def measure() -> None:
-    """The table of `miram.data.burned`: `MIRAM_REAL_DATA=... python -m miram.tests.data.test_burned`."""
+    """The table of `miram.data.burned`: `MIRAM_REAL_DATA=... python tests/data/test_burned.py`."""
     settings = PhantomSettings(size=1400, seed=99)
     phantoms = [render(settings, i, "LR"[i % 2], ("CC", "MLO")[i // 2 % 2]) for i in range(40)]
     groups = {"phantoms": [(film, find_breast(film.pixels, film.max_value)) for film in phantoms]}

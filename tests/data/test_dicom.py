@@ -24,8 +24,8 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 
-from miram.data import dicom_decoder
-from miram.data.dicom import DicomOptions, is_dicom, read_dicom, read_header
+from miram.data.dicom import decoder as dicom_decoder
+from miram.data.dicom.reader import DicomOptions, is_dicom, read_dicom, read_header
 from miram.data.image import UnreadableImage
 from miram.data.record import Film
 
@@ -154,7 +154,7 @@ def test_an_interrupted_answer_is_not_the_next_files(tmp_path: Path, monkeypatch
 def test_the_decoder_process_ends_with_its_parent(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", BREAST, syntax="jpeg-lossless")
     code = (
-        "import sys, pathlib; from miram.data import dicom, dicom_decoder\n"
+        "import sys, pathlib; from miram.data.dicom import reader as dicom, decoder as dicom_decoder\n"
         "dicom.read_dicom(pathlib.Path(sys.argv[1]), dicom.DicomOptions()); print(dicom_decoder.decoder._child.pid)"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
@@ -451,7 +451,7 @@ def test_an_rle_bomb_is_refused_by_its_length(tmp_path: Path) -> None:
 
 def test_a_deflated_bomb_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1 << 22)
-    monkeypatch.setattr("miram.data.dicom_pixels.BESIDE", 1 << 23)
+    monkeypatch.setattr("miram.data.dicom.pixels.BESIDE", 1 << 23)
     header = mammogram(LEVELS, syntax="deflated", BitsStored=16)
     path = save(tmp_path / "a.dcm", header)
     assert read_dicom(path, DicomOptions()).max_value == 65535

@@ -113,10 +113,10 @@ def damaged(content: bytes, other: bytes, random: Random) -> bytes:
 
 
 def dicom_case(inputs: list[Path], folder: Path, random: Random) -> None:
-    from miram.data.dicom import DicomOptions
+    from miram.data.audit.search import Values, dicom_values
+    from miram.data.dicom.reader import DicomOptions
     from miram.data.image import UnreadableImage
     from miram.data.reading import read_file
-    from miram.data.search import Values, dicom_values
 
     first, second = (random.choice(inputs).read_bytes() for _ in range(2))
     path = folder / "case.dcm"
@@ -221,8 +221,8 @@ def _damage_chunk(parts: Chunks, body: bytearray, random: Random) -> None:
 
 
 def tar_case(inputs: list[Path], folder: Path, random: Random) -> None:
-    from miram.data.adopt import adopt
-    from miram.data.audit import audit
+    from miram.data.audit.look import audit
+    from miram.data.foreign.adopt import adopt
     from miram.data.shards import ShardDataset
     from miram.data.verify import verify, verify_samples
     from miram.engine.errors import UserError
@@ -372,7 +372,7 @@ def change_json(tree: object, random: Random) -> None:
 
 
 def csv_case(inputs: list[Path], folder: Path, random: Random) -> None:
-    from miram.data.search import Values, archive_values
+    from miram.data.audit.search import Values, archive_values
     from miram.data.shards import ShardDataset
     from miram.data.sources.labels import read_table
     from miram.data.sources.tables import read_csv
@@ -447,7 +447,7 @@ def allowed(*exceptions: type[Exception]) -> Iterator[None]:
 def work(kind: str, first: int, end: int, inputs: Path) -> None:
     """Run cases; print a line of JSON for each that fails, and one at the end."""
     warnings.simplefilter("ignore")
-    from miram.data import dicom_decoder
+    from miram.data.dicom import decoder as dicom_decoder
 
     dicom_decoder.PATIENCE = 4.0
     files = sorted((inputs / kind).iterdir())

@@ -15,11 +15,12 @@ from miram.data import writer
 from miram.data.archive import Archive
 from miram.data.geometry import Size
 from miram.data.image import encode_png, read_film, stamp
+from miram.data.index import read_manifest
 from miram.data.ingest import ingest, skipped_file
 from miram.data.layout import Moments
 from miram.data.phantom import PhantomSettings, records
 from miram.data.record import Film, Record
-from miram.data.shards import ShardDataset, read_manifest
+from miram.data.shards import ShardDataset
 from miram.data.verify import verify
 from miram.engine.errors import UserError
 

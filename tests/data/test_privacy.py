@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from miram.data.audit import Searched, audit
+from miram.data.audit.look import Searched, audit
 from miram.data.shards import ShardDataset
 
 from .dicoms import SOUGHT_FROM, SYNTAXES, mammogram, plant, save

@@ -18,7 +18,7 @@ from miram.data.opening import open_shards
 from miram.data.phantom import PhantomSettings
 from miram.data.shards import ShardDataset
 from miram.data.sources.phantom import make_phantoms
-from miram.data.store import join
+from miram.data.store.local import join
 from miram.data.stream import EpochStream, ViewDataset
 from miram.data.verify import verify
 from miram.data.views import MultiScaleViews, Normalisation

@@ -19,11 +19,12 @@ from PIL import Image
 
 from miram.data.breast import isolate
 from miram.data.image import encode_png
+from miram.data.index import read_index
 from miram.data.layout import Encoded, write_tar
 from miram.data.phantom import PhantomSettings, records
-from miram.data.shards import ShardDataset, read_index
+from miram.data.shards import ShardDataset
 from miram.data.sources.phantom import make_phantoms
-from miram.data.store import OPEN_SHARDS
+from miram.data.store.local import OPEN_SHARDS
 from miram.data.verify import verify
 from miram.engine.errors import UserError
 

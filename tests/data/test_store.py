@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 from http_server import Server, serve
 
-from miram.data import remote, store
-from miram.data.store import (
+from miram.data.store import local as store
+from miram.data.store import remote
+from miram.data.store.local import (
     CutShort,
     LocalStore,
     Missing,
@@ -425,7 +426,7 @@ def test_redirects_are_followed(site: Server) -> None:
 
 
 def test_the_store_starts_without_network_libraries() -> None:
-    code = "import sys, miram.data.store; sys.exit(any(m in sys.modules for m in ('fsspec', 'aiohttp', 'torch')))"
+    code = "import sys, miram.data.store.local; sys.exit(any(m in sys.modules for m in ('fsspec', 'aiohttp', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

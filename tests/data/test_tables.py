@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miram.data.dicom import DicomOptions
+from miram.data.dicom.reader import DicomOptions
 from miram.data.image import UnreadableImage
 from miram.data.record import Box
 from miram.data.sources.tables import (

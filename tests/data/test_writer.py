@@ -16,8 +16,9 @@ from broken import archive
 
 from miram.data.derive import derive, merge
 from miram.data.geometry import Size
+from miram.data.index import read_manifest
 from miram.data.ingest import ingest, skipped_file
-from miram.data.shards import ShardDataset, read_manifest
+from miram.data.shards import ShardDataset
 from miram.data.verify import verify
 from miram.data.writer import cut, partial_folder
 from miram.engine.errors import UserError

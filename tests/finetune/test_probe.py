@@ -201,7 +201,7 @@ def test_an_official_split_that_lacks_a_class_is_refused() -> None:
 
 
 def test_the_notes_count_the_images_that_pretraining_saw(phantoms: Path, encoder: Path, tmp_path: Path) -> None:
-    from miram.data.shards import read_manifest
+    from miram.data.index import read_manifest
 
     manifest = read_manifest(phantoms)
     card = card_for("vit_tiny_patch16_224", (32, 32), {"depth": 1, "embed_dim": 32, "num_heads": 2})

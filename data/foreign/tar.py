@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..engine.errors import UserError
-from ..engine.files import sha256
-from .header import Head, image_head
-from .image import UnreadableImage
-from .keys import hashed
-from .layout import LABEL
-from .places import display, is_remote
-from .store import Store
+from ...engine.errors import UserError
+from ...engine.files import sha256
+from ..image import UnreadableImage
+from ..keys import hashed
+from ..layout import LABEL
+from ..store.local import Store
+from ..store.places import display, is_remote
+from .heads import Head, image_head
 from .walk import Member, Window, members
 
 ALIASES = {"jpeg": "jpg"}

@@ -11,10 +11,10 @@ from dataclasses import fields
 from tarfile import GNU_FORMAT, REGTYPE, USTAR_FORMAT, TarInfo
 from typing import Any
 
-from .geometry import Geometry
-from .image import MAX_PIXELS
-from .layout import DESCRIBED, KEY_PATTERN, LABEL, MEMBERS
-from .record import Box, Circle, Polygon
+from ..geometry import Geometry
+from ..image import MAX_PIXELS
+from ..layout import DESCRIBED, KEY_PATTERN, LABEL, MEMBERS
+from ..record import Box, Circle, Polygon
 from .search import IDENTIFYING
 
 FIELDS: Mapping[str, set[str]] = {

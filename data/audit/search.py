@@ -27,9 +27,9 @@ from pydicom.filereader import read_dataset, read_preamble
 from pydicom.tag import BaseTag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from .dicom import MANUFACTURERS, is_dicom
-from .dicom_pixels import LARGE, guarded, read_dataset_of
-from .image import UnreadableImage
+from ..dicom.pixels import LARGE, guarded, read_dataset_of
+from ..dicom.reader import MANUFACTURERS, is_dicom
+from ..image import UnreadableImage
 
 OPEN = {  # what a sample's JSON says of them is harmless, and every film shares it
     *("Laterality", "ImageLaterality", "ViewPosition", "ViewCodeSequence", "ViewModifierCodeSequence"),

@@ -15,11 +15,11 @@ from typing import Literal
 
 from pydicom.dataset import Dataset
 
-from .dicom_decoder import decoder
-from .dicom_pixels import Layout, codes_of, guarded, read_dataset_of, uncompressed
-from .dicom_voi import grey, numbers, text
-from .image import UnreadableImage
-from .record import Film
+from ..image import UnreadableImage
+from ..record import Film
+from .decoder import decoder
+from .pixels import Layout, codes_of, guarded, read_dataset_of, uncompressed
+from .voi import grey, numbers, text
 
 VIEWS = {
     # SNOMED CT and RT codes of PS3.16 CID 4014: the name that ViewPosition would have.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..engine.errors import UserError
+from ...engine.errors import UserError
 from .places import REMOTE, Place, Unreachable, cut_short, display, merge, missing
 
 IN_FLIGHT = 16

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .image import BOMB, MAX_PIXELS, UnreadableImage
-from .packed import HEADER_BYTES, parse_header
+from ..image import BOMB, MAX_PIXELS, UnreadableImage
+from ..packed import HEADER_BYTES, parse_header
 
 Read = Callable[[int, int], bytes]  # offset in the file and size to bytes, fewer at its end
 

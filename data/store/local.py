@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ..engine.errors import UserError
+from ...engine.errors import UserError
 from .places import (
     CutShort,
     Missing,

@@ -24,10 +24,10 @@ from pathlib import Path
 from tarfile import HeaderError, TarInfo
 from typing import BinaryIO
 
-from ..engine.errors import UserError, one_line
+from ...engine.errors import UserError, one_line
+from ..image import decode_png
+from ..packed import PackedPixels
 from .forms import PLACES, chunks, foreign_columns, foreign_fields, hidden, tar_header
-from .image import decode_png
-from .packed import PackedPixels
 from .search import Values, archive_values
 
 NUMBERS = {*PLACES, "height", "width", "bits", "max_value", "spacing_mm"}  # cells of these are numbers and no more

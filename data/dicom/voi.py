@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from scipy.special import expit
 
-from .image import UnreadableImage
-from .record import Pixels
+from ..image import UnreadableImage
+from ..record import Pixels
 
 Values = NDArray[np.float64]
 Voi = Literal["lut", "window", "none"]

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .dicom_pixels import Layout, decode_frame, guarded
-from .image import UnreadableImage
-from .record import Pixels
+from ..image import UnreadableImage
+from ..record import Pixels
+from .pixels import Layout, decode_frame, guarded
 
 PATIENCE = 120.0  # seconds; the largest plates take a few
 
@@ -52,8 +52,10 @@ class Decoder:
                     return _ask(child, path, layout)
                 except UnreadableImage:
                     raise
-                except (OSError, EOFError, ValueError):
+                except (OSError, EOFError, ValueError) as error:
                     self.close()
+                    if watch.finished.is_set():
+                        raise UnreadableImage(f"its pixels took longer than {PATIENCE:g} s to decode") from error
                 except BaseException:  # the pipe may hold half an answer, that the next file must not get
                     self.close()
                     raise

@@ -15,8 +15,8 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..engine.errors import UserError
-from .store import Store, display
+from ...engine.errors import UserError
+from ..store.local import Store, display
 
 BLOCK = tarfile.BLOCKSIZE
 AHEAD = 16 * 1024  # read at a time: small members and their headers come as one request

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from ..engine.errors import UserError
+from ...engine.errors import UserError
 
 Place = tuple[str, int, int]  # shard (path or URL), offset, size
 

@@ -42,9 +42,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from .dicom_voi import numbers
-from .image import UnreadableImage
-from .record import Pixels
+from ..image import UnreadableImage
+from ..record import Pixels
+from .voi import numbers
 
 SMALLEST = 64  # pixels on the shorter side: a thumbnail
 BESIDE = 256 << 20  # bytes of anything else that a file may hold beside its pixels

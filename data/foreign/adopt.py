@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..engine.errors import UserError, did_you_mean
-from ..engine.files import sha256, write_json
-from ..engine.track import progress_bar
-from .foreign import Scan, Wanted, scan
-from .image import decode_image
-from .layout import IMAGES, MANIFEST, Moments, columns, write_index
-from .packed import PackedPixels
-from .places import check_scheme, display, is_remote, local_path
-from .record import Film, Pixels
-from .store import Store, open_store
-from .writer import Outcome
+from ...engine.errors import UserError, did_you_mean
+from ...engine.files import sha256, write_json
+from ...engine.track import progress_bar
+from ..image import decode_image
+from ..layout import IMAGES, MANIFEST, Moments, columns, write_index
+from ..packed import PackedPixels
+from ..record import Film, Pixels
+from ..store.local import Store, open_store
+from ..store.places import check_scheme, display, is_remote, local_path
+from ..writer import Outcome
+from .tar import Scan, Wanted, scan
 
 MOST_SHARDS = 100_000
 THREADS = 8
@@ -63,7 +63,7 @@ def adopt(
     Raises:
         UserError: as `survey`; `out` holds something.
     """
-    from .ingest import write_skipped  # imports the readers of DICOM, which are slow to start
+    from ..ingest import write_skipped  # imports the readers of DICOM, which are slow to start
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and not empty; name another folder for the index")

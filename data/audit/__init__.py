@@ -1,0 +1,1 @@
+"""Whether anything that was written tells whose images it holds."""

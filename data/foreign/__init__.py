@@ -1,0 +1,1 @@
+"""WebDataset tars of others: walked strictly, indexed where they are."""

@@ -1,0 +1,1 @@
+"""Bytes of shards, wherever they lie: names of places, local files, ranges behind URLs."""
