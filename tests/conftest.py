@@ -13,8 +13,10 @@ import pytest
 # Runs are compared bit for bit with runs in other processes: one thread everywhere, set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from miram.__main__ import app
 from miram.data.phantom import PhantomSettings
 from miram.data.sources.phantom import make_phantoms
+from miram.engine.errors import exit_code
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -36,6 +38,21 @@ def miram() -> Command:
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "miram", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **options)  # type: ignore[call-overload]
+
+    return run
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`say("data", "stats", …)` in this process: exit code, output, errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = exit_code(lambda: app([str(a) for a in arguments]))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
 
     return run
 

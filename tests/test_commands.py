@@ -13,25 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from miram.__main__ import app
-from miram.engine.errors import exit_code
-
 Say = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """`say("data", "stats", …)` in this process: exit code, output, errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = exit_code(lambda: app([str(a) for a in arguments]))
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.mark.parametrize("command", ["", "data", "data ingest", "pretrain", "probe", "report", "demo"])

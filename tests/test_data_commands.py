@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dicoms import write_dicom
 
-from miram.__main__ import app
 from miram.data.phantom import PhantomSettings, records
 from miram.data.shards import ShardDataset
-from miram.engine.errors import exit_code
 
+Say = Callable[..., tuple[int, str, str]]
 TINY = [
     "--model.encoder_options={depth: 1, embed_dim: 32, num_heads: 2}",
     "--model.image_size=32",
@@ -22,16 +22,6 @@ TINY = [
     "--train.steps=2",
     "--data.workers=0",
 ]
-
-
-def say(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output, errors."""
-    try:
-        code = exit_code(lambda: app([str(a) for a in arguments]))
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_dicom_in_parts_to_a_trained_encoder_that_names_nobody(
-    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    archive: Path, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)
@@ -72,59 +62,57 @@ def test_from_dicom_in_parts_to_a_trained_encoder_that_names_nobody(
         1,
     ]
     for i in (1, 2, 3):
-        assert say(capsys, *ingest, f"part{i}", "--partition", f"{i}/3")[0] == 0
-    assert say(capsys, "data", "merge", "part1", "part2", "part3", "joined")[0] == 0
-    assert say(capsys, *ingest, "whole")[0] == 0
+        assert say(*ingest, f"part{i}", "--partition", f"{i}/3")[0] == 0
+    assert say("data", "merge", "part1", "part2", "part3", "joined")[0] == 0
+    assert say(*ingest, "whole")[0] == 0
     for path in Path("whole").iterdir():
         assert path.read_bytes() == (Path("joined") / path.name).read_bytes()
     shards = ShardDataset("whole")
     assert len(shards) == 48
     assert len(set(shards.rows.column("patient"))) == 12
 
-    assert say(capsys, "data", "pack", "whole", "packed", "--max-size", 96)[0] == 0
-    assert say(capsys, "data", "verify", "packed", "--samples")[0] == 0
-    code, out, _ = say(capsys, "data", "split", "packed", "--task", "density", "--folds", 2, "--out", "split.json")
+    assert say("data", "pack", "whole", "packed", "--max-size", 96)[0] == 0
+    assert say("data", "verify", "packed", "--samples")[0] == 0
+    code, out, _ = say("data", "split", "packed", "--task", "density", "--folds", 2, "--out", "split.json")
     assert code == 0
     assert "fold 1" in out
     given = ["--data.shards=packed", "--data.split_file=split.json", *TINY]
-    assert say(capsys, "pretrain", "pretrain/demo", "--out", "run", *given)[0] == 0
-    assert say(capsys, "pretrain", "pretrain/demo", "--out", "fold", *given, "--data.fold=0")[0] == 0
+    assert say("pretrain", "pretrain/demo", "--out", "run", *given)[0] == 0
+    assert say("pretrain", "pretrain/demo", "--out", "fold", *given, "--data.fold=0")[0] == 0
     probe = ["probe", "probe/demo", "--data.shards=packed", "--data.split_file=split.json", "--data.split=null"]
     probe += ["--data.task=density", "--probe.encoder=run", "--probe.folds=2", "--probe.controls=1", "--out", "probed"]
-    code, out, err = say(capsys, *probe)
+    code, out, err = say(*probe)
     assert (code, err) == (0, "") or code == 0, err
     result = json.loads(Path("probed/result.json").read_text())
     test = set(json.loads(Path("split.json").read_text())["splits"]["test"])
     assert result["n_patients"] == len(test)
 
     for made in ("whole", "packed", "run", "probed"):
-        code, out, err = say(capsys, "data", "audit", made, "--source", archive)
+        code, out, err = say("data", "audit", made, "--source", archive)
         assert (code, err) == (0, ""), made
-    assert "no near-duplicates" in say(capsys, "data", "duplicates", "whole")[1]
+    assert "no near-duplicates" in say("data", "duplicates", "whole")[1]
 
 
-def test_a_split_of_other_data_is_refused(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_of_other_data_is_refused(archive: Path, tmp_path: Path, say: Say) -> None:
     for seed in (0, 1):
-        say(capsys, "data", "phantom", tmp_path / f"{seed}", "--patients", 4, "--size", 64, "--seed", seed)
+        say("data", "phantom", tmp_path / f"{seed}", "--patients", 4, "--size", 64, "--seed", seed)
     split = tmp_path / "split.json"
-    assert say(capsys, "data", "split", tmp_path / "0", "--out", split)[0] == 0
+    assert say("data", "split", tmp_path / "0", "--out", split)[0] == 0
     arguments = ["--data.shards", tmp_path / "1", f"--data.split_file={split}", "--out", tmp_path / "run", *TINY]
-    code, _, err = say(capsys, "pretrain", "pretrain/demo", f"--data.shards={tmp_path / '1'}", *arguments[2:])
+    code, _, err = say("pretrain", "pretrain/demo", f"--data.shards={tmp_path / '1'}", *arguments[2:])
     assert code == 2
     assert "other data" in err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_patient_on_both_sides_is_refused_by_every_stage(
-    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_patient_on_both_sides_is_refused_by_every_stage(archive: Path, tmp_path: Path, say: Say) -> None:
     lines = ["file,patient,split,density"]
     lines += [f"image{i}.dcm,P{i // 4},{'train' if i % 3 else 'test'},{'ab'[i // 4 % 2]}" for i in range(48)]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     key = tmp_path / "key"
     key.write_text("a secret of sixteen bytes or more")
     ingest = ["data", "ingest", "folder", archive, tmp_path / "set", "--labels", tmp_path / "labels.csv", "--key", key]
-    assert say(capsys, *ingest)[0] == 0
+    assert say(*ingest)[0] == 0
     given = [f"--data.shards={tmp_path / 'set'}"]
     for command in (
         ["pretrain", "pretrain/demo", *TINY],
@@ -143,7 +131,7 @@ def test_a_patient_on_both_sides_is_refused_by_every_stage(
             "--data.task=density",
         ],
     ):
-        code, _, err = say(capsys, *command, *given, "--out", tmp_path / "run")
+        code, _, err = say(*command, *given, "--out", tmp_path / "run")
         assert code == 2
         assert "12 patients" in err, err
         assert not (tmp_path / "run").exists()
@@ -167,10 +155,10 @@ def test_a_patient_on_both_sides_is_refused_by_every_stage(
     ],
 )
 def test_what_is_wrong_is_one_sentence(
-    arguments: list[str], named: str, archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], named: str, archive: Path, tmp_path: Path, say: Say
 ) -> None:
     places = {"src": archive, "out": tmp_path / "out"}
-    code, _, err = say(capsys, "data", *(a.format(**places) for a in arguments))
+    code, _, err = say("data", *(a.format(**places) for a in arguments))
     assert code == 2
     assert named in err
     assert "Traceback" not in err
@@ -178,7 +166,7 @@ def test_what_is_wrong_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_grey_level_survives_from_dicom_to_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_grey_level_survives_from_dicom_to_batch(tmp_path: Path, say: Say) -> None:
     """A 16-bit ramp of all 65,536 codes: error below one code in the fractions that a batch holds."""
     from miram.data.config import CropSection
     from miram.data.stream import EpochStream
@@ -189,8 +177,8 @@ def test_every_grey_level_survives_from_dicom_to_batch(tmp_path: Path, capsys: p
     write_dicom(tmp_path / "src" / "ramp.dcm", ramp, BitsStored=16)
     key = tmp_path / "key"
     key.write_text("a secret of sixteen bytes or more")
-    say(capsys, "data", "ingest", "folder", tmp_path / "src", tmp_path / "set", "--no-breast", "--key", key)
-    say(capsys, "data", "pack", tmp_path / "set", tmp_path / "packed")
+    say("data", "ingest", "folder", tmp_path / "src", tmp_path / "set", "--no-breast", "--key", key)
+    say("data", "pack", tmp_path / "set", tmp_path / "packed")
     crop = CropSection(area=(1, 1), aspect=(1, 1), flip=False)
     views = MultiScaleViews((128, 128), (1, 2), 64, crop, Normalisation(0.0, 1.0), seed=0)
     for name in ("set", "packed"):

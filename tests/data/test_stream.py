@@ -119,17 +119,24 @@ def test_starting_at_a_batch_gives_the_rest_exactly(shards: ShardDataset, start:
     assert places(stream(shards).batches(start, 0, 1, 4), 2 * (16 - start)) == whole[8 * start :]
 
 
-def test_workers_change_nothing(phantoms: Path) -> None:
-    view = MultiScaleViews((32, 24), (1, 2), 12, CropSection(), Normalisation(0.2, 0.3), seed=3)
-    runs = [
-        list(islice(stream(ShardDataset(phantoms), view, batch=4, workers=workers).batches(1, 0, 1, 2), 8))
-        for workers in (0, 2)
-    ]
-    for alone, helped in zip(*runs, strict=True):
-        assert alone.keys() == helped.keys() == {"key", "noise", "view/1", "view/2"}
-        assert alone["key"] == helped["key"]
+def crops(phantoms: Path, rank: int = 0, world: int = 1, workers: int = 0, start: int = 0) -> list[dict[str, Any]]:
+    """Three epochs of augmented views in batches of four, from batch `start` on."""
+    shards = ShardDataset(phantoms)
+    views = MultiScaleViews((16, 8), (1, 2), 8, CropSection(), Normalisation(0.2, 0.1), seed=3)
+    batches = EpochStream(shards, views, 4, 0, workers).batches(start, rank, world, 4 // world)
+    return list(islice(batches, 3 * len(shards) // 4 - start))
+
+
+@pytest.mark.parametrize(("world", "workers", "start"), [(1, 2, 0), (2, 0, 0), (4, 2, 0), (2, 2, 4), (1, 0, 7)])
+def test_keys_and_augmented_pixels_depend_on_no_rank_worker_or_restart(
+    phantoms: Path, world: int, workers: int, start: int
+) -> None:
+    alone = crops(phantoms)[start:]
+    ranks = [crops(phantoms, rank, world, workers, start) for rank in range(world)]
+    for one, *shares in zip(alone, *ranks, strict=True):
+        assert one["key"] == [key for share in shares for key in share["key"]]
         for name in ("noise", "view/1", "view/2"):
-            assert torch.equal(alone[name], helped[name])
+            assert torch.equal(one[name], torch.cat([share[name] for share in shares])), name
 
 
 def test_a_batch_larger_than_the_data_is_refused(shards: ShardDataset) -> None:
