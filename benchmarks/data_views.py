@@ -76,7 +76,8 @@ def prepare(folder: Path, count: int) -> str:
     for kind, encoded in samples.items():
         (folder / kind).mkdir()
         shard = folder / kind / "shard-000000.tar"
-        seal(folder / kind, [finished(shard, *write_tar(shard, encoded))], {"dataset": kind, "licence": "none"})
+        facts = {"dataset": kind, "licence": "none", "records": kind}
+        seal(folder / kind, [finished(shard, *write_tar(shard, encoded))], facts)
     sizes = sorted({image.shape for image in images})
     return f"{count} {name} of {', '.join('x'.join(map(str, size)) for size in sizes)}, {images[0].dtype}"
 

@@ -26,7 +26,6 @@ app = typer.Typer(
 console = Console()
 
 Out = Annotated[Path, typer.Argument(help="Folder to write; it must be new, empty, or hold the same data set.")]
-Folder = Annotated[Path, typer.Argument(help="A data set: the folder with manifest.json.")]
 Place = Annotated[str, typer.Argument(help="A data set: the folder or URL with manifest.json.")]
 Places = Annotated[list[str], typer.Argument(help="Data sets, as folders or URLs.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
@@ -148,7 +147,7 @@ def index_command(
 
 
 @app.command()
-def pack(folder: Folder, out: Out, spacing: Spacing = None, max_size: MaxSize = None, workers: Workers = None) -> None:
+def pack(folder: Place, out: Out, spacing: Spacing = None, max_size: MaxSize = None, workers: Workers = None) -> None:
     """Write a data set again with raw pixels: crops are then read row by row, for training at speed."""
     from .derive import derive
     from .geometry import Size
@@ -157,9 +156,7 @@ def pack(folder: Folder, out: Out, spacing: Spacing = None, max_size: MaxSize = 
 
 
 @app.command()
-def resize(
-    folder: Folder, out: Out, spacing: Spacing = None, max_size: MaxSize = None, workers: Workers = None
-) -> None:
+def resize(folder: Place, out: Out, spacing: Spacing = None, max_size: MaxSize = None, workers: Workers = None) -> None:
     """Write a data set again with smaller images; masks and marks follow, and the way back is kept."""
     from .derive import derive
     from .geometry import Size
@@ -249,7 +246,7 @@ def split(
         fractions=parse_fractions(fractions),
         keep_official=keep_official,
     )
-    made.write(out, shards.digest)
+    made.write(out, shards.population)
     console.print(describe(made, shards.rows))
     for sentence in shortages(made, shards.rows):
         print(f"miram: {sentence}", file=sys.stderr)
@@ -260,13 +257,16 @@ def split(
 def duplicates(
     folders: Places,
     threshold: Annotated[int, typer.Option(min=0, max=128, help="Bits of 256 in which a pair may differ.")] = 64,
+    split_file: Annotated[Path | None, typer.Option(help="Of `miram data split`; default: the archive's own.")] = None,
 ) -> None:
     """Find images that look alike across data sets, splits or patients, mirrored ones too."""
     from .duplicates import near_duplicates, summary, table
-    from .shards import ShardDataset
+    from .index import read_index
+    from .splits import read_split
 
-    rows = list(ShardDataset(folders).rows)
-    pairs = near_duplicates(rows, threshold)
+    rows = [row for folder in folders for row in read_index(folder)]
+    sides = read_split(split_file).sides(rows) if split_file else None
+    pairs = near_duplicates(rows, threshold, sides)
     for line in summary(rows, pairs, threshold):
         console.print(line)
     if pairs:
@@ -326,8 +326,10 @@ def report(out: Path, outcome: Outcome) -> None:
         print(f"miram: left out {name}: {reason}", file=sys.stderr)
     for reason, n in Counter(outcome.skipped.values()).most_common(0 if few else 10):
         print(f"miram: left out {n}: {reason}", file=sys.stderr)
-    if outcome.skipped:
-        print(f"miram: all that was left out: {skipped_file(out)} (it names your files; keep it)", file=sys.stderr)
+    for remark, n in Counter(outcome.remarks.values()).most_common():
+        print(f"miram: {n} images are in, but {remark}", file=sys.stderr)
+    if outcome.skipped or outcome.remarks:
+        print(f"miram: all of them: {skipped_file(out)} (it names your files; keep it)", file=sys.stderr)
     said = "already holds this data set:" if outcome.unchanged else "holds"
     left_out = f", {len(outcome.skipped)} left out" if outcome.skipped else ""
     print(f"{out} {said} {outcome.samples} images{left_out}")

@@ -54,4 +54,5 @@ class Archive:
     quarantine: bool = True  # leave out images with what looks like text on the breast
     channels: int = 1
     notes: tuple[str, ...] = ()  # what the user should know before trusting it
+    absent: Sequence[str] = ()  # images that a table lists and the disk lacks; names for the user's own screen
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the source, kept in the manifest; no ids

@@ -21,15 +21,18 @@ FAR = 12  # beyond this distance from bright tissue lies background, not the dar
 OPENING = 10  # film edges, labels and letters are thinner than twice this, a breast is not
 REGROWTH = 14  # OPENING times the square root of two: back into the corners of the frame, and the nipple
 SKIN = 1.0  # the darkest skin is kept too
+EDGE = 5  # so far from the frame's border a film's white edge may reach: brightness is measured inside of it
 
 # Brightness is in parts of the image's own bright end, as formats say little about the range in use.
 DARKEST_TISSUE = 0.04  # no breast is darker than this
 ABOVE_BACKGROUND = 0.025  # what tissue exceeds the film's own grey by
 FEW = 0.01  # of the frame: so little grey beside a black background is dark tissue
+SECOND_GREY = 1 / 3  # of what is far from bright tissue: so much of a brighter, even grey is background, too
 EMPTY = 1e-3  # of the largest value allowed: a frame that never exceeds it is blank
 FLAT = 0.2  # a frame whose coarse brightness varies less than this holds nothing
 
 SMALLEST = 0.02  # of the frame: less than this is a marker or a speck, not a breast
+GAP = 0.02  # of the frame: a larger hole may be the background that edges and labels close in
 
 
 def isolate(film: Film, *, margin: float = 0.01) -> tuple[Film, Geometry]:
@@ -57,9 +60,10 @@ def find_breast(pixels: Pixels, max_value: int) -> Mask:
     """
     factor = max(1, round(max(pixels.shape) / WORK))
     small = ndi.gaussian_filter(_shrink(pixels, factor), BLUR)
-    if _is_blank(small, max_value):
+    inner = _inside_edge(small)
+    if _is_blank(inner, max_value):
         return np.zeros(pixels.shape, np.bool_)
-    breast = _largest_body(small > _threshold(small))
+    breast = _largest_body(small > _threshold(inner))
     # Enlarging the distance instead of the mask gives a smooth outline and room for the skin at once.
     return _within(SKIN, _distance_to(breast), pixels.shape, factor)
 
@@ -72,6 +76,12 @@ def _shrink(pixels: Pixels, factor: int) -> Floats:
     rows = padded.reshape(height, factor, -1).sum(axis=1, dtype=np.float32)
     small: Floats = rows.reshape(height, width, factor).mean(axis=2) / np.float32(factor)
     return small
+
+
+def _inside_edge(small: Floats) -> Floats:
+    height, width = small.shape
+    edge = min(EDGE, height // 8, width // 8)
+    return small[edge : height - edge, edge : width - edge]
 
 
 def _is_blank(small: Floats, max_value: int) -> bool:
@@ -89,8 +99,18 @@ def _threshold(small: Floats) -> float:
     bright = _otsu(np.minimum(small, top)) / 2
     # The frame's minimum is left out: scans are padded with it, and the film's grey is brighter.
     quiet = small[(_distance_to(small > bright) > FAR) & (small > small.min())]
-    background = float(np.median(quiet)) if quiet.size > FEW * small.size else 0.0
+    background = _grey(quiet, ABOVE_BACKGROUND * top) if quiet.size > FEW * small.size else 0.0
     return min(max(background + ABOVE_BACKGROUND * top, DARKEST_TISSUE * top), bright)
+
+
+def _grey(quiet: Floats, step: float) -> float:
+    """The background's grey; of two, the brighter one."""
+    grey = float(np.median(quiet))
+    brighter = quiet[quiet > grey + step]
+    if brighter.size < SECOND_GREY * quiet.size:
+        return grey
+    low, middle, high = np.percentile(brighter, (10, 50, 90))
+    return float(middle) if high - low < step else grey  # dark tissue is not even
 
 
 def _otsu(values: Floats) -> float:
@@ -105,11 +125,21 @@ def _otsu(values: Floats) -> float:
 
 def _largest_body(tissue: Mask) -> Mask:
     """The largest piece of tissue that is not thin, nor joined to the rest by a thin bridge, holes filled."""
+    # Dark fat must not make tissue thin, but with every hole filled a film with four white edges were solid.
     # The frame is padded so that a strip along its edge is thin, too.
-    solid: Mask = ndi.binary_fill_holes(tissue)
+    solid = _fill_gaps(tissue)
     depth: NDArray[np.float64] = ndi.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1]
     core = _largest_piece(depth > OPENING)
-    return _largest_piece(solid & (_distance_to(core) <= REGROWTH))
+    body: Mask = ndi.binary_fill_holes(_largest_piece(solid & (_distance_to(core) <= REGROWTH)))
+    return body
+
+
+def _fill_gaps(tissue: Mask) -> Mask:
+    """The holes filled that are too small to be background."""
+    holes: Mask = ndi.binary_fill_holes(tissue) & ~tissue
+    pieces, _ = ndi.label(holes)
+    filled: Mask = tissue | (holes & (np.bincount(pieces.ravel()) <= GAP * tissue.size)[pieces])
+    return filled
 
 
 def _largest_piece(mask: Mask) -> Mask:

@@ -5,6 +5,7 @@ Keys, patients, labels and `records` stay, so that splits and provenance of the 
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -22,60 +23,52 @@ from .duplicates import phash
 from .geometry import Geometry, Size
 from .image import encode_png
 from .index import read_index, read_manifest
-from .ingest import already_written, shrink, skipped_file, write_skipped
-from .layout import Encoded, Moments, Shard, seal
+from .ingest import already_written, marks, shrink, skipped_file, write, write_skipped
+from .layout import SAMPLE, Encoded, Moments, Remark, Shard, seal
 from .packed import encode_npy
 from .record import Box, Circle, Film, Polygon
 from .shards import Sample, ShardDataset
 from .table import Row
-from .writer import Outcome, Skipped, Work, identity_of, locked, partial_folder, publish, write_set
+from .writer import Outcome, Work, discard, identity_of, locked, partial_folder, publish
 
-OWN = ("schema", "index", "shards", "pixels", "skipped")  # what a manifest says of the files beside it alone
+OWN = ("schema", "index", "shards", "pixels", "skipped", "adopted")  # what a manifest says of the files beside it alone
 
 
 # ---------------------------------------------------------------------------------------------- packed, smaller
 
 
-def derive(folder: Path, out: Path, size: Size, *, packed: bool, workers: int | None = None) -> Outcome:
+def derive(folder: Path | str, out: Path, size: Size, *, packed: bool, workers: int | None = None) -> Outcome:
     """Write the samples of a data set again: `packed` as raw numbers, or at another size, or both.
 
     Raises:
         UserError: the folder is no data set, or `out` holds something else, or no sample is left.
         RunFailed: a worker process was killed.
     """
-    manifest = read_manifest(folder)
-    shards = ShardDataset(folder)
-    out = out.absolute()
+    manifest, shards = read_manifest(folder), ShardDataset(folder)
     facts = {k: v for k, v in manifest.items() if k not in OWN}
     facts["preprocessing"] = {**facts.get("preprocessing", {}), **{k: v for k, v in asdict(size).items() if v}}
     facts |= {"packed": packed, "derived_from": shards.digest}
-    if there := already_written(out, facts):
-        return there
     by_shard: dict[str, list[int]] = {}
     for i, name in enumerate(shards.rows.column("shard")):
         by_shard.setdefault(name, []).append(i)
-    one = partial(derive_sample, str(folder), size, packed)
+    one = partial(derive_sample, str(folder), shards.digest, size, packed)
     identity = identity_of(json.dumps(facts))
     work = Work(shards=dict(enumerate(by_shard.values())), prepare=one, identity=identity, facts=facts)
-    outcome = write_set(work, out, workers or os.cpu_count() or 1, "images")
-    if not outcome.samples:
-        raise UserError(f"{folder}: no image could be derived; the first: {next(iter(outcome.skipped.values()))}")
-    write_skipped(out, outcome.skipped)
-    publish(out)
-    return outcome
+    return write(work, out.resolve(), workers)
 
 
-def derive_sample(folder: str, size: Size, packed: bool, i: int) -> Encoded | Skipped:
+def derive_sample(folder: str, digest: str, size: Size, packed: bool, i: int) -> Encoded | Remark:
     """Sample i of a data set, made anew."""
-    shards = opened(folder)
+    shards = opened(folder, digest)
     sample, row = shards[i], shards.rows[i]
-    try:
-        film, geometry = shrink(as_film(sample, row), Geometry.from_dict(sample.meta["geometry"]), size)
-    except ValueError as error:
-        return Skipped(sample.key, str(error))
-    changed = describe_again(film)
-    meta = {**sample.meta, **changed, "geometry": geometry.as_dict(), **marks(film)}
     described = {k: v for k, v in row.items() if not k.endswith(("_offset", "_size")) and k not in ("key", "shard")}
+    try:
+        meta = own_meta(sample, described)
+        film, geometry = shrink(as_film(sample, row, meta), Geometry.from_dict(meta["geometry"]), size)
+    except (ValueError, TypeError, KeyError) as error:
+        return Remark(sample.key, str(error))
+    changed = describe_again(film)
+    meta = {**meta, **changed, "geometry": geometry.as_dict(), **marks(film)}
     image = {"npy": encode_npy(film.pixels)} if packed else {"png": encode_png(film.pixels)}
     members = {**image, "json": json.dumps(meta).encode()}
     if film.mask is not None:
@@ -84,20 +77,29 @@ def derive_sample(folder: str, size: Size, packed: bool, i: int) -> Encoded | Sk
 
 
 @lru_cache(maxsize=1)
-def opened(folder: str) -> ShardDataset:
-    """The data set, opened once a process."""
+def opened(folder: str, digest: str) -> ShardDataset:
+    """The data set, opened once a process and state."""
     return ShardDataset(folder)
 
 
-def as_film(sample: Sample, row: Row) -> Film:
+def own_meta(sample: Sample, described: Row) -> Mapping[str, Any]:
+    """A sample's JSON; of a foreign sample only what the index took from it, as the rest may name somebody."""
+    if sample.meta.get("schema") == SAMPLE:
+        return sample.meta
+    whole = Geometry.whole(*sample.pixels.shape[:2]).as_dict()
+    kind = {} if sample.mask is None else {"mask_kind": "classes"}
+    return {"schema": SAMPLE, **described, "geometry": whole, **kind}
+
+
+def as_film(sample: Sample, row: Row, meta: Mapping[str, Any]) -> Film:
     """A stored sample as a film of its own."""
     return Film(
         pixels=np.asarray(sample.pixels),
         max_value=sample.max_value,
         spacing_mm=float(row["spacing_mm"]) if row["spacing_mm"] else None,
-        circles=tuple(Circle(**mark) for mark in sample.meta.get("circles", ())),
-        boxes=tuple(Box(**mark) for mark in sample.meta.get("boxes", ())),
-        polygons=tuple(polygon(mark) for mark in sample.meta.get("polygons", ())),
+        circles=tuple(Circle(**mark) for mark in meta.get("circles", ())),
+        boxes=tuple(Box(**mark) for mark in meta.get("boxes", ())),
+        polygons=tuple(polygon(mark) for mark in meta.get("polygons", ())),
         mask=sample.mask,
     )
 
@@ -105,11 +107,6 @@ def as_film(sample: Sample, row: Row) -> Film:
 def polygon(mark: Mapping[str, Any]) -> Polygon:
     """A polygon as JSON holds it."""
     return Polygon(points=tuple((x, y) for x, y in mark["points"]), label=mark["label"])
-
-
-def marks(film: Film) -> dict[str, list[dict[str, Any]]]:
-    """The marks of a film, ready for JSON."""
-    return {name: [asdict(mark) for mark in getattr(film, name)] for name in ("circles", "boxes", "polygons")}
 
 
 def describe_again(film: Film) -> dict[str, Any]:
@@ -132,18 +129,20 @@ def merge(parts: Sequence[Path], out: Path) -> Outcome:
     """
     manifests = ordered(parts)
     facts = {k: v for k, v in manifests[0][1].items() if k not in (*OWN, "part")}
-    out = out.absolute()
-    if there := already_written(out, facts):
-        return there
-    partial = partial_folder(out)
-    with locked(partial):
-        shutil.rmtree(partial / "set", ignore_errors=True)
-        (partial / "set").mkdir()
-        shards = sorted((s for folder, m in manifests for s in taken(folder, m, partial / "set")), key=lambda s: s.name)
-        skipped = sum(manifest["skipped"] for _, manifest in manifests)
-        seal(partial / "set", shards, facts, skipped)
-        sync_folder(partial / "set")
-        left_out = read_skipped([folder for folder, _ in manifests])
+    out = out.resolve()
+    with locked(out):
+        if there := already_written(out, facts):
+            discard(out)
+            return there
+        folder = partial_folder(out) / "set"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        shards = sorted((s for part, m in manifests for s in taken(part, m, folder)), key=lambda s: s.name)
+        if not shards:
+            raise UserError(f"none of the {len(parts)} parts holds an image; see their lists of what was left out")
+        seal(folder, shards, facts, sum(manifest["skipped"] for _, manifest in manifests))
+        sync_folder(folder)
+        left_out = read_skipped([part for part, _ in manifests])
         write_skipped(out, left_out)
         publish(out)
     return Outcome(samples=sum(len(shard.rows) for shard in shards), skipped=left_out)
@@ -202,8 +201,6 @@ def link(source: Path, target: Path) -> None:
 
 def read_skipped(parts: Sequence[Path]) -> dict[str, str]:
     """What the parts left out, as far as their lists are still there."""
-    import csv
-
     left_out: dict[str, str] = {}
     for path in map(skipped_file, parts):
         if path.exists():

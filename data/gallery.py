@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from ..engine.seeding import generator
 from .geometry import area_resize, nearest
-from .layout import LABEL
+from .layout import LABEL, SAMPLE
 from .shards import Sample, ShardDataset
 from .table import Row
 
@@ -60,12 +60,13 @@ def draw(axis: Axes, sample: Sample, title: str) -> None:
     small = area_resize(pixels, (max(1, round(height / factor)), max(1, round(width / factor))))
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axis.imshow(small, cmap="gray", vmin=0, vmax=max(1, int(np.percentile(small, 99.8))), extent=extent)
-    for circle in sample.meta.get("circles", ()):
+    marks = sample.meta if sample.meta.get("schema") == SAMPLE else {}  # foreign JSON may mean anything by the names
+    for circle in marks.get("circles", ()):
         axis.add_patch(Ring((circle["x"], circle["y"]), circle["radius"], fill=False, color=MARK, linewidth=1))
-    for box in sample.meta.get("boxes", ()):
+    for box in marks.get("boxes", ()):
         corner, size = (box["left"], box["top"]), (box["right"] - box["left"], box["bottom"] - box["top"])
         axis.add_patch(Rectangle(corner, *size, fill=False, color=MARK, linewidth=1))
-    for polygon in sample.meta.get("polygons", ()):
+    for polygon in marks.get("polygons", ()):
         axis.add_patch(Outline(polygon["points"], fill=False, color=MARK, linewidth=0.6))
     if sample.mask is not None:
         mask = nearest(sample.mask, small.shape[:2])

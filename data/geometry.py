@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..engine.errors import UserError
 from .record import Box, Circle, Film, Pixels, Polygon, Region
 
 Shape = tuple[int, int]  # rows, columns
@@ -77,7 +78,7 @@ class Geometry:
         return area_resize(self._cut(image), self.shape)
 
     def apply_mask(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Film's mask -> the stored image's, of which no value is lost however small it gets."""
+        """Film's mask -> the stored image's, in which no value is lost while there are pixels for all of them."""
         return resize_mask(self._cut(mask), self.shape)
 
     def restore(self, image: NDArray[Any]) -> NDArray[Any]:
@@ -148,6 +149,10 @@ class Size:
     spacing_mm: float | None = None
     max_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.spacing_mm is not None and self.max_size is not None:
+            raise UserError("--spacing and --max-size both say how large images are; give one of them")
+
     def shape(self, box: Shape, spacing_mm: float | None) -> Shape:
         """The size of an image that has this one and this spacing now. Nothing is enlarged.
 
@@ -185,13 +190,15 @@ def nearest(image: NDArray[Any], shape: Shape) -> NDArray[Any]:
 
 
 def resize_mask(mask: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
-    """A mask at another size, by nearest pixel; a value that would vanish keeps one pixel at its middle."""
+    """A mask at another size, by nearest pixel; a value that would vanish keeps one pixel near its middle."""
     if mask.shape == shape:
         return mask
     small = nearest(mask, shape)
     for value in np.setdiff1d(mask, small):
-        middle = np.median(np.argwhere(mask == value), axis=0)
-        small[tuple((middle * shape / mask.shape).astype(int))] = value
+        middle = np.median(np.argwhere(mask == value), axis=0) * shape / mask.shape
+        free = np.argwhere((small == 0) | (np.bincount(small.ravel(), minlength=256) > 1)[small])
+        if len(free):  # no other value vanishes for it
+            small[tuple(free[np.argmin(((free + 0.5 - middle) ** 2).sum(axis=1))])] = value
     return small
 
 

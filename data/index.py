@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,24 +68,27 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     return manifest
 
 
-def read_table(folder: Path | str) -> Table:
+def read_table(folder: Path | str, manifest: Mapping[str, Any]) -> Table:
     """The index of a data set, in the shards' order.
 
     Raises:
-        UserError: it is missing, damaged, or lacks columns.
+        UserError: it is missing, damaged, changed since the manifest was written, or lacks columns.
     """
     path = join(str(folder), "index.csv")
     if not is_remote(path) and not Path(path).exists():
         raise UserError(f"{path} is not there; ingest the data set again")
+    content = read_text(str(folder), "index.csv")
+    if sha256(content).hexdigest() != manifest["index"]["sha256"]:
+        raise UserError(f"{path} was changed after it was written; ingest again (labels of your own go into --labels)")
     try:
-        table = Table.read(read_text(str(folder), "index.csv"))
+        table = Table.read(content)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); ingest the data set again") from error
     missing = {"key", "shard", *DESCRIBED} - set(table.columns)
     for member in MEMBERS:
         pair = {f"{member}_offset", f"{member}_size"}
         missing |= pair - set(table.columns) if pair & set(table.columns) else set()
-    if not any(f"{kind}_offset" in table.columns for kind in IMAGES):
+    if len(table) and not any(f"{kind}_offset" in table.columns for kind in IMAGES):
         missing.add("png_offset")
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))}; ingest the data set again")
@@ -96,4 +101,4 @@ def read_index(folder: Path | str) -> list[Row]:
     Raises:
         UserError: it is missing, damaged, or lacks columns.
     """
-    return list(Rows.all_of([read_table(folder)]))
+    return list(Rows.all_of([read_table(folder, read_manifest(folder))]))

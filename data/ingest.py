@@ -28,9 +28,9 @@ from .geometry import Geometry, Size
 from .image import UnreadableImage, encode_png
 from .index import read_manifest
 from .keys import hashed
-from .layout import LABEL, SAMPLE, Encoded, Moments
+from .layout import LABEL, SAMPLE, Encoded, Moments, Remark
 from .record import Film, Record
-from .writer import Outcome, Skipped, Work, cut, discard, identity_of, publish, write_set
+from .writer import Outcome, Work, cut, discard, identity_of, locked, publish, write_set
 
 __all__ = ["Archive", "Outcome", "ingest"]
 
@@ -52,27 +52,44 @@ def ingest(
     """
     if not archive.records:
         raise UserError(f"{archive.dataset}: there is no image to ingest")
-    out, size = out.absolute(), size or Size()
-    keys = [sample_key(record, archive.dataset, secret) for record in archive.records]
-    refuse_equal_keys(archive, keys)
-    facts = settings(archive, secret, size)
-    shards = cut(archive.records)
+    out, size = out.resolve(), size or Size()
+    refuse_equal_keys(archive, [sample_key(record, archive.dataset, secret) for record in archive.records])
+    facts, shards = settings(archive, secret, size), cut(archive.records)
     if part:
         facts |= {"part": list(part)}
         shards = {number: records for number, records in shards.items() if number % part[1] == part[0] - 1}
-    if there := already_written(out, facts):
-        return there
-    prepare_one = partial(prepare, archive=replace(archive, records=()), secret=secret, size=size)
-    work = Work(shards=shards, prepare=prepare_one, identity=identity_of(json.dumps(facts)), facts=facts)
-    outcome = write_set(work, out, workers or os.cpu_count() or 1, "images")
-    if not outcome.samples and not part:
-        discard(out)
-        name, reason = next(iter(outcome.skipped.items()))
-        raise UserError(
-            f"{archive.dataset}: none of {len(archive.records)} images could be read; the first, {name}: {reason}"
-        )
-    write_skipped(out, outcome.skipped)
-    publish(out)
+    one = partial(prepare, archive=replace(archive, records=(), absent=()), secret=secret, size=size)
+    work = Work(shards=shards, prepare=one, identity=identity_of(json.dumps(facts)), facts=facts)
+    absent = dict.fromkeys(archive.absent, "the table lists it, the folder lacks it")
+    return write(work, out, workers, absent, empty=bool(part))
+
+
+def write(
+    work: Work[Any], out: Path, workers: int | None, absent: Mapping[str, str] | None = None, *, empty: bool = False
+) -> Outcome:
+    """Write a data set and give it its name, unless it is there already.
+
+    Args:
+        absent: what else is to be listed as left out, with the reason.
+        empty: whether a set without a sample is one.
+
+    Raises:
+        UserError: `out` holds something else, another process is writing it, or no sample could be made.
+        RunFailed: a worker process was killed.
+    """
+    with locked(out):
+        if there := already_written(out, work.facts):
+            discard(out)
+            return there
+        outcome = write_set(work, out, workers or os.cpu_count() or 1, "images")
+        if not outcome.samples and not empty:
+            discard(out)
+            name, reason = next(iter(outcome.skipped.items()))
+            count, dataset = len(outcome.skipped), work.facts["dataset"]
+            raise UserError(f"{dataset}: none of {count} images could be used; the first, {name}: {reason}")
+        kept = {name: f"kept, but {remark}" for name, remark in outcome.remarks.items()}
+        write_skipped(out, {**(absent or {}), **kept, **outcome.skipped})
+        publish(out)
     return outcome
 
 
@@ -83,7 +100,12 @@ def settings(archive: Archive, secret: bytes, size: Size) -> dict[str, Any]:
         "dataset": archive.dataset,
         "licence": archive.licence,
         "channels": archive.channels,
-        "preprocessing": {"breast": archive.breast, **asdict(size), **archive.settings},
+        "preprocessing": {
+            "breast": archive.breast,
+            "burned_in": not archive.quarantine,
+            **asdict(size),
+            **archive.settings,
+        },
         "records": hashed(secret, archive.dataset, content),
     }
 
@@ -126,7 +148,6 @@ def already_written(out: Path, facts: Mapping[str, Any]) -> Outcome | None:
             f"{out} already holds another data set ({there.get('dataset')}){same}; it differs in {what}: "
             "name another folder"
         )
-    discard(out)  # what is left where a process was killed right after its work
     return Outcome(samples=there["index"]["samples"], unchanged=True)
 
 
@@ -145,19 +166,20 @@ def write_skipped(out: Path, skipped: Mapping[str, str]) -> None:
     write_atomic(skipped_file(out), buffer.getvalue())
 
 
-def prepare(record: Record, *, archive: Archive, secret: bytes, size: Size) -> Encoded | Skipped:
+def prepare(record: Record, *, archive: Archive, secret: bytes, size: Size) -> Encoded | Remark:
     """One record as the bytes of a sample, or the reason why it was left out."""
     try:
         film = record.read()
         stored, geometry = place(film, archive)
         stored, geometry = shrink(stored, geometry, size)
     except (UnreadableImage, ValueError) as error:
-        return Skipped(record.name, str(error))
+        return Remark(record.name, str(error))
     except Exception as error:  # one odd file among thousands must not end the night's work
-        return Skipped(record.name, f"unforeseen {type(error).__name__}: please report it, if you can with the file")
-    return encode(
-        sample_key(record, archive.dataset, secret), describe(record, stored, archive.dataset, secret), stored, geometry
-    )
+        return Remark(record.name, f"unforeseen {type(error).__name__}: please report it, if you can with the file")
+    row = describe(record, stored, archive.dataset, secret)
+    made = encode(sample_key(record, archive.dataset, secret), row, stored, geometry)
+    less = "masks" in film.facts  # as a source says that could not use them all
+    return replace(made, remark=Remark(record.name, "masks that do not fit were left out")) if less else made
 
 
 def place(film: Film, archive: Archive) -> tuple[Film, Geometry]:
@@ -167,12 +189,13 @@ def place(film: Film, archive: Archive) -> tuple[Film, Geometry]:
         UnreadableImage: there is text on the breast.
         ValueError: there is no breast to see.
     """
-    if film.region is not None:
-        geometry = Geometry.crop((film.pixels.shape[0], film.pixels.shape[1]), film.region)
-        return geometry.apply_film(film), geometry
-    if not archive.breast:
+    if film.region is None and not archive.breast:
         return film, Geometry.whole(*film.pixels.shape[:2])
-    stored, geometry = isolate(film)
+    if film.region is None:
+        stored, geometry = isolate(film)
+    else:
+        geometry = Geometry.crop((film.pixels.shape[0], film.pixels.shape[1]), film.region)
+        stored = geometry.apply_film(film)
     if archive.quarantine and text_on(stored.pixels, stored.pixels > 0, stored.max_value):
         raise UnreadableImage(
             "quarantined: there seems to be text on the breast; look at it, then --burned-in takes it"
@@ -197,14 +220,18 @@ def shrink(film: Film, geometry: Geometry, size: Size) -> tuple[Film, Geometry]:
 
 def encode(key: str, row: Mapping[str, Any], film: Film, geometry: Geometry) -> Encoded:
     """A stored film as a sample."""
-    marks = {name: [asdict(mark) for mark in getattr(film, name)] for name in ("circles", "boxes", "polygons")}
-    meta = {"schema": SAMPLE, **row, "geometry": geometry.as_dict(), **marks, "facts": dict(film.facts)}
+    meta = {"schema": SAMPLE, **row, "geometry": geometry.as_dict(), **marks(film), "facts": dict(film.facts)}
     members = {"png": encode_png(film.pixels), "json": b""}
     if film.mask is not None:
         meta["mask_kind"] = film.mask_kind
         members["mask.png"] = encode_png(film.mask)
     members["json"] = json.dumps(meta).encode()
     return Encoded(key, row, members, Moments.of(film))
+
+
+def marks(film: Film) -> dict[str, list[dict[str, Any]]]:
+    """The marks of a film, ready for JSON."""
+    return {name: [asdict(mark) for mark in getattr(film, name)] for name in ("circles", "boxes", "polygons")}
 
 
 def sample_key(record: Record, dataset: str, secret: bytes) -> str:

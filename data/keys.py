@@ -1,7 +1,7 @@
 """Names that tell nobody who the patient is, yet are the same every time.
 
-A key is an HMAC of the archive's own id under a secret that stays in the user's configuration folder: the same film
-gets the same key in every data set of one lab (leaks between sets show), and nobody who knows the id can recompute it.
+A key is an HMAC of the data set's name and the archive's own id, under a secret that stays in the user's configuration
+folder: a film gets the same key whenever the data set of that name is made, and nobody who knows the id can compute it.
 """
 
 from __future__ import annotations

@@ -71,6 +71,14 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """An item that was left out, or kept with less than it should have: its name on the user's own screen, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A sample ready to be written: its key, what the index says of it, the bytes of its members."""
 
@@ -78,6 +86,7 @@ class Encoded:
     row: Mapping[str, Any]  # DESCRIBED columns and label_<task>
     members: Mapping[str, bytes]  # by MEMBERS
     moments: Moments = field(default_factory=Moments)
+    remark: Remark | None = None
 
 
 @dataclass(frozen=True)

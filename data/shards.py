@@ -68,9 +68,11 @@ class ShardDataset:
     ):
         self.roots = [str(f) for f in ([folders] if isinstance(folders, Path | str) else folders)]
         self.manifests = [read_manifest(root) for root in self.roots]
-        self.every = Rows.all_of([read_table(root) for root in self.roots])
-        numbers = self._numbers(split, split_file, fold)
-        self.rows = self.every.take(numbers)
+        tables = [read_table(root, manifest) for root, manifest in zip(self.roots, self.manifests, strict=True)]
+        self.every = Rows.all_of(tables)
+        numbers, splits = self._choose(split, split_file, fold)
+        self.rows, self.splits = self.every.take(numbers), [splits[i] for i in numbers]
+        self.split_digest = hashlib.sha256(Path(split_file).read_bytes()).hexdigest() if split_file else ""
         keys = self.rows.column("key")
         if len(set(keys)) < len(keys):
             raise UserError(f"{', '.join(self.roots)} hold the same images twice; ingest one with another --name")
@@ -197,8 +199,10 @@ class ShardDataset:
             self._cache_bytes -= oldest.nbytes
         return sample
 
-    def _numbers(self, split: str | None, split_file: Path | str | None, fold: int | None) -> list[int]:
-        """Which rows the split names; sets `splits`, the split of each of them.
+    def _choose(
+        self, split: str | None, split_file: Path | str | None, fold: int | None
+    ) -> tuple[list[int], list[str]]:
+        """Which rows the split names, and the split of every row.
 
         Raises:
             UserError: none of them, or the split file is of other data.
@@ -207,15 +211,27 @@ class ShardDataset:
         if split_file is None:
             if fold is not None:
                 raise UserError(f"data.fold={fold} needs data.split_file, a file of `miram data split`")
-            numbers, of = select_official(rows, split, ", ".join(self.roots)), [row["split"] for row in rows]
+            # Each folder is a set of its own here, whatever its name: one without splits is used whole.
+            own = [row | {"dataset": str(root)} for row, root in zip(rows, self.every.chosen[:, 0], strict=True)]
+            numbers, of = select_official(own, split, ", ".join(self.roots)), [row["split"] for row in rows]
         else:
             divided = read_split(Path(split_file))
-            check(divided, self.digest, rows, str(split_file))
+            check(divided, self.population, rows, str(split_file))
             numbers, of = divided.select(rows, split, fold), divided.sides(rows, fold)
         if not numbers:
             raise UserError(f"{', '.join(self.roots)} has no sample in split {split!r}")
-        self.splits = [of[i] for i in numbers]
-        return numbers
+        return numbers, of
+
+    @property
+    def population(self) -> str:
+        """Says which images of whom these are, however they are stored: a packed copy has the same."""
+        parts = sorted((manifest["dataset"], manifest["records"]) for manifest in self.manifests)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What a run that is taken up again must find unchanged."""
+        return {"data": self.digest, **({"split": self.split_digest} if self.split_digest else {})}
 
     @property
     def digest(self) -> str:
@@ -230,7 +246,8 @@ class ShardDataset:
         means = [manifest["pixels"]["mean"] for manifest in self.manifests]
         squares = [manifest["pixels"]["std"] ** 2 + manifest["pixels"]["mean"] ** 2 for manifest in self.manifests]
         mean = float(np.average(means, weights=weights))
-        return mean, float(np.sqrt(max(np.average(squares, weights=weights) - mean**2, 0.0)))
+        std = float(np.sqrt(max(np.average(squares, weights=weights) - mean**2, 0.0)))
+        return mean, std or 1.0  # of images that are all alike
 
     @property
     def channels(self) -> int:

@@ -54,14 +54,17 @@ class Split:
         """
         if name not in self.names():
             raise UserError(f"the split file has no split {name!r}{did_you_mean(name, self.names())}")
-        if fold is not None and not 0 <= fold < len(self.folds):
-            raise UserError(f"the split file has {len(self.folds)} folds, numbered from 0; data.fold cannot be {fold}")
+        self._check_fold(fold)
         if name == VAL and fold is None and VAL not in self.splits:
             raise UserError("the split file has no val patients of its own; set data.fold to validate on a fold")
         if name == VAL and fold is not None:
             return set(self.folds[fold])
         chosen = self.splits[name] if name in self.splits else self.fractions[name.removeprefix(f"{TRAIN}-")]
         return set(chosen) - set(() if fold is None else self.folds[fold])
+
+    def _check_fold(self, fold: int | None) -> None:
+        if fold is not None and not 0 <= fold < len(self.folds):
+            raise UserError(f"the split file has {len(self.folds)} folds, numbered from 0; data.fold cannot be {fold}")
 
     def select(self, rows: Sequence[Row], name: str | None, fold: int | None = None) -> list[int]:
         """Numbers of the rows in a split, in their order; None selects all.
@@ -79,6 +82,7 @@ class Split:
 
     def sides(self, rows: Sequence[Row], fold: int | None = None) -> list[str]:
         """The split of each row, "" for none: `train`, `val` or `test`, the fold counting as `val`."""
+        self._check_fold(fold)
         side = {patient: name for name, patients in self.splits.items() for patient in patients}
         side |= dict.fromkeys(() if fold is None else self.folds[fold], VAL)
         return [side.get(patient_of(row), "") for row in rows]

@@ -23,7 +23,7 @@ from ..engine.guard import ignore_stop_signals
 from ..engine.seeding import generator
 from .resample import keep_freed_memory
 from .shards import Sample, ShardDataset
-from .store.local import Unreachable
+from .store.local import Outage
 
 Place = tuple[int, int]  # sample number, epoch
 SHARDS_AT_ONCE = 16
@@ -58,7 +58,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         i, epoch = place
         try:
             return {**self.view(self.shards[i], epoch), DAMAGED: ""}
-        except Unreachable as error:  # a network that is down is no damage: the sample is sound
+        except Outage as error:  # a network that is down is no damage: the sample is sound
             return {FAULT: str(error)}
         except UserError as error:  # raised in a worker, torch would wrap it into its traceback and keep the workers
             reason = f"sample {self.shards.rows[i]['key']}: {error}"
@@ -66,16 +66,18 @@ class ViewDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, places: list[Place]) -> list[dict[str, Any]]:
         """Several samples, fetched at once where they are remote."""
-        try:
+        with suppress(UserError):  # whichever it is, says so when it is read
             self.shards.prefetch([i for i, _ in places])
-        except UserError as error:
-            return [{FAULT: str(error)}]
         return [self[place] for place in places]
 
     def _instead(self, i: int, epoch: int, reason: str) -> dict[str, Any]:
         for step in REACH:
-            with suppress(UserError):
+            try:
                 return {**self.view(self.shards[(i + step) % len(self.shards)], epoch), DAMAGED: reason}
+            except Outage as error:
+                return {FAULT: str(error)}
+            except UserError:
+                continue
         return {FAULT: f"{reason}; so are {len(REACH)} samples that could stand in for it"}
 
     def __len__(self) -> int:
@@ -86,7 +88,7 @@ class EpochStream:
     """Global batches of a data set without end, of which each rank is given its share.
 
     Args:
-        skip: replace damaged samples instead of stopping at them; `damaged` then names those of this rank.
+        skip: replace damaged samples instead of stopping at them, and name them.
 
     Raises:
         UserError: the data set does not fill one batch.
@@ -97,7 +99,8 @@ class EpochStream:
     ):
         self.dataset = ViewDataset(shards, view, skip)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self.damaged: dict[str, None] = {}  # an ordered set
+        self._named: set[str] = set()
+        self._skipped = 0
         self.shard_sizes = shards.shard_sizes
         self.batches_per_epoch = len(shards) // batch_size
         if not self.batches_per_epoch:
@@ -130,11 +133,17 @@ class EpochStream:
             self._name(reason for reason in batch.pop(DAMAGED) if reason)
             yield batch
 
+    def skipped(self) -> int:
+        """How often another sample stood in for a damaged one on this rank, since this was last asked."""
+        count, self._skipped = self._skipped, 0
+        return count
+
     def _name(self, reasons: Iterable[str]) -> None:
-        """Say once of each damaged sample that another one stands in for it."""
+        """Count what was skipped, and say it once of each sample."""
         for reason in reasons:
-            if reason not in self.damaged:
-                self.damaged[reason] = None
+            self._skipped += 1
+            if reason not in self._named:
+                self._named.add(reason)
                 print(f"miram: skipped: {reason}", file=sys.stderr, flush=True)
 
 

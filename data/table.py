@@ -1,4 +1,4 @@
-"""The index in memory: columns of bytes, not dictionaries, so that half a million rows cost little and are shared.
+"""The index in memory: columns of bytes, not dictionaries; large ones are files that processes map and share.
 
 CACHE/miram/index/<hash of index.csv>/<column number>.npy, columns.json     mapped by every process that reads the set
 """
@@ -64,12 +64,12 @@ class Table:
         """
         if len(content) < MAPPED:
             return cls.parse(content)
-        folder = cache_folder() / sha256(content).hexdigest()[:24]
-        if not (folder / "columns.json").exists():
-            table = cls.parse(content)
-            with suppress(OSError):
-                table.store(folder)
-        return cls.map(folder) if (folder / "columns.json").exists() else cls.parse(content)
+        with suppress(OSError, ValueError, EOFError, RuntimeError):  # no home, no room, a damaged cache: do without
+            return cls.map(cache_folder() / sha256(content).hexdigest()[:24])
+        table = cls.parse(content)
+        with suppress(OSError, RuntimeError):
+            table.store(cache_folder() / sha256(content).hexdigest()[:24])
+        return table
 
     def store(self, folder: Path) -> None:
         """Write the columns as files, whole or not at all."""
@@ -78,6 +78,7 @@ class Table:
         for number, column in enumerate(self.columns.values()):
             np.save(fresh / f"{number}.npy", column, allow_pickle=False)
         (fresh / "columns.json").write_text(json.dumps(list(self.columns)))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         try:
             fresh.rename(folder)
         except OSError:  # another process was first
@@ -106,7 +107,9 @@ class Rows(Sequence[Row]):
     @classmethod
     def all_of(cls, tables: Sequence[Table]) -> Rows:
         """Every row of every table."""
-        return cls(tables, [(t, i) for t, table in enumerate(tables) for i in range(len(table))])
+        return cls(
+            tables, np.concatenate([np.stack([np.full(len(t), k), np.arange(len(t))], 1) for k, t in enumerate(tables)])
+        )
 
     def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Rows:
         """These rows alone."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar
 from ..engine.errors import RunFailed, UserError
 from ..engine.files import read_json, sync_folder, write_json
 from ..engine.track import Meter
-from .layout import Encoded, Moments, Shard, finished, seal, write_tar
+from .layout import Encoded, Moments, Remark, Shard, finished, seal, write_tar
 
 Item = TypeVar("Item")
 PLAN, DONE = "miram.plan/1", "miram.shard/1"
@@ -39,30 +39,23 @@ FEWEST, MOST = 8, 64  # items a shard holds: few for small sets, so that many pr
 POOL = 32  # from so many items on, starting processes pays
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """An item that was left out: its name on the user's own screen, and why."""
-
-    name: str
-    reason: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Work(Generic[Item]):
     """What is to be written: items by shard, and what makes a sample of one. `identity` is what makes it this set."""
 
     shards: Mapping[int, Sequence[Item]]
-    prepare: Callable[[Item], Encoded | Skipped]
+    prepare: Callable[[Item], Encoded | Remark]
     identity: str
     facts: Mapping[str, Any]
 
 
 @dataclass
 class Outcome:
-    """What was written. `skipped` maps an item's name to the reason."""
+    """What was written. `skipped` and `remarks` map an item's name to the reason."""
 
     samples: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)  # of items that are in, with less than they should have
     unchanged: bool = False  # the same data set was there already
 
 
@@ -73,25 +66,24 @@ def cut(items: Sequence[Item], per_shard: int | None = None) -> dict[int, Sequen
 
 
 def write_set(work: Work[Item], out: Path, workers: int, name: str) -> Outcome:
-    """Write a data set, or the rest of one that was interrupted.
+    """Write a data set, or the rest of one that was interrupted; the caller holds its lock and publishes it.
 
     Raises:
-        UserError: another process is writing it.
+        UserError: what was interrupted was something else.
         RunFailed: a worker process was killed; what was finished is kept.
     """
     partial = partial_folder(out)
-    with locked(partial):
-        _prepare_folder(partial, work)
-        todo = {number: items for number, items in work.shards.items() if not _is_done(partial, number)}
-        done = sum(len(items) for number, items in work.shards.items() if number not in todo)
-        total = done + sum(map(len, todo.values()))
-        if done and todo:
-            print(f"miram: going on after {done} of {total} {name}", file=sys.stderr)
-        with Meter(name, total, done) as meter:
-            _write_shards(work, partial, todo, workers, meter)
-        shards, skipped = _collect(partial, work.shards)
-        seal(partial / "set", shards, work.facts, len(skipped))
-        return Outcome(samples=sum(len(shard.rows) for shard in shards), skipped=skipped)
+    _prepare_folder(partial, work)
+    todo = {number: items for number, items in work.shards.items() if not _is_done(partial, number, work.identity)}
+    done = sum(len(items) for number, items in work.shards.items() if number not in todo)
+    total = done + sum(map(len, todo.values()))
+    if done and todo:
+        print(f"miram: going on after {done} of {total} {name}", file=sys.stderr)
+    with Meter(name, total, done) as meter:
+        _write_shards(work, partial, todo, workers, meter)
+    shards, outcome = _collect(partial, work.shards)
+    seal(partial / "set", shards, work.facts, len(outcome.skipped))
+    return outcome
 
 
 def publish(out: Path) -> None:
@@ -113,25 +105,46 @@ def partial_folder(out: Path) -> Path:
 
 
 @contextmanager
-def locked(partial: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; the system lets go of it however this one ends."""
+def locked(out: Path) -> Iterator[None]:
+    """Keep other processes out while a set is written; the system lets go of it however this one ends.
+
+    Raises:
+        UserError: another process is at it, or `out` cannot be given to a finished set.
+    """
+    if out.is_mount():
+        raise UserError(f"{out} is a mount point, which a finished set cannot take the place of; name a folder in it")
+    partial = partial_folder(out)
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another process is writing {partial}; wait for it or name another folder") from error
-        yield
+        try:
+            yield
+        finally:
+            if not (partial / "plan.json").exists():  # nothing in it to go on from
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _prepare_folder(partial: Path, work: Work[Item]) -> None:
-    """Keep what an interrupted run of the same plan finished, remove anything else."""
+    """Keep what an interrupted run of the same plan finished.
+
+    Raises:
+        UserError: shards of another plan are there.
+    """
     plan = {"identity": work.identity, "shards": {str(k): len(items) for k, items in work.shards.items()}}
     with suppress(UserError):
         if {k: v for k, v in read_json(partial / "plan.json", PLAN).items() if k != "schema"} == plan:
+            (partial / "set").mkdir(exist_ok=True)
             for left in (partial / "set").glob(".*"):
                 left.unlink()
             return
+    if before := list(partial.glob("set/shard-*.tar")):
+        raise UserError(
+            f"{partial} holds {len(before)} finished shards of an interrupted run with other images or options; repeat "
+            "its command to go on, or remove the folder"
+        )
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -141,12 +154,14 @@ def _prepare_folder(partial: Path, work: Work[Item]) -> None:
     write_json(partial / "plan.json", PLAN, plan)
 
 
-def _is_done(partial: Path, number: int) -> bool:
+def _is_done(partial: Path, number: int, identity: str) -> bool:
     try:
         done = read_json(partial / f"{shard_name(number)}.json", DONE)
     except UserError:
         return False
     path = partial / "set" / f"{shard_name(number)}.tar"
+    if done["identity"] != identity:  # of a worker that outlived its parent
+        return False
     return not done["rows"] or (path.exists() and path.stat().st_size == done["bytes"])
 
 
@@ -160,13 +175,14 @@ def _write_shards(
 ) -> None:
     if workers == 1 or len(todo) < 2 or sum(map(len, todo.values())) < POOL:
         for number, items in todo.items():
-            _write_shard(partial, number, items, work.prepare, meter.advance)
+            _write_shard(partial, number, items, work, meter.advance)
         return
     context = multiprocessing.get_context("spawn")
     counter: Synchronized[int] = context.Value("q", 0)
     arguments = (counter, os.getpid())
+    bare = replace(work, shards={})  # what a worker needs of it
     with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_start_worker, initargs=arguments) as pool:
-        waiting = {pool.submit(_write_one, partial, n, items, work.prepare) for n, items in todo.items()}
+        waiting = {pool.submit(_write_one, partial, n, items, bare) for n, items in todo.items()}
         try:
             _watch(waiting, counter, meter)
         except BrokenProcessPool as error:
@@ -207,26 +223,24 @@ def _start_worker(counter: Synchronized[int], parent: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write_one(partial: Path, number: int, items: Sequence[Item], prepare: Callable[[Item], Encoded | Skipped]) -> None:
-    _write_shard(partial, number, items, prepare, lambda: _count())
+def _write_one(partial: Path, number: int, items: Sequence[Item], work: Work[Item]) -> None:
+    _write_shard(partial, number, items, work, lambda: _count())
 
 
 def _write_shard(
-    partial: Path,
-    number: int,
-    items: Sequence[Item],
-    prepare: Callable[[Item], Encoded | Skipped],
-    count: Callable[[], None],
+    partial: Path, number: int, items: Sequence[Item], work: Work[Item], count: Callable[[], None]
 ) -> None:
     """One shard, whole or not at all; its JSON last, which makes it count."""
-    skipped: list[Skipped] = []
+    skipped: list[Remark] = []
+    remarks: list[Remark] = []
 
     def samples() -> Iterator[Encoded]:
         for item in items:
-            made = prepare(item)
-            if isinstance(made, Skipped):
+            made = work.prepare(item)
+            if isinstance(made, Remark):
                 skipped.append(made)
             else:
+                remarks.extend([made.remark] if made.remark else [])
                 yield made
             count()
 
@@ -241,25 +255,25 @@ def _write_shard(
     else:
         temporary.unlink()
         shard = Shard(path.name, 0, "", moments, [])
-    _record(partial, number, shard, skipped)
-
-
-def _record(partial: Path, number: int, shard: Shard, skipped: Sequence[Skipped]) -> None:
-    left_out = [[item.name, item.reason] for item in skipped]
-    content = {**shard.fact(), "rows": list(shard.rows), "left_out": left_out}
+    told = {
+        "identity": work.identity,
+        "left_out": {one.name: one.reason for one in skipped},
+        "remarks": {one.name: one.reason for one in remarks},
+    }
+    content = {**shard.fact(), "rows": list(shard.rows), **told}
     write_json(partial / f"{shard_name(number)}.json", DONE, content)
 
 
-def _collect(partial: Path, numbers: Mapping[int, object]) -> tuple[list[Shard], dict[str, str]]:
-    """What the finished shards hold, in order, and all that was left out."""
-    shards: list[Shard] = []
-    skipped: dict[str, str] = {}
+def _collect(partial: Path, numbers: Mapping[int, object]) -> tuple[list[Shard], Outcome]:
+    """What the finished shards hold, in order, and what there is to say of it."""
+    shards, outcome = [], Outcome()
     for number in sorted(numbers):
         done = read_json(partial / f"{shard_name(number)}.json", DONE)
-        skipped |= dict(done["left_out"])
-        moments = Moments(*done["pixels"])
-        shards.append(Shard(done["name"], done["bytes"], done["sha256"], moments, done["rows"]))
-    return shards, skipped
+        outcome.samples += done["samples"]
+        outcome.skipped |= done["left_out"]
+        outcome.remarks |= done["remarks"]
+        shards.append(Shard(done["name"], done["bytes"], done["sha256"], Moments(*done["pixels"]), done["rows"]))
+    return shards, outcome
 
 
 def identity_of(*parts: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from typing import Final
 FINISHED: Final = 0
 FAILED: Final = 1
 USER_ERROR: Final = 2
+DISKS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EBUSY, errno.EIO}  # it is the disk, not us
 PREEMPTED: Final = 75  # EX_TEMPFAIL: run the same command again to go on
 
 
@@ -35,6 +37,11 @@ def exit_code(run: Callable[[], object]) -> int:
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError) as error:
         print(f"miram: {error.filename}: {error.strerror}; name another place, or mend this one", file=sys.stderr)
         return USER_ERROR
+    except OSError as error:
+        if error.errno not in DISKS:
+            raise
+        print(f"miram: {error.filename or 'writing'}: {error.strerror}; what was finished is kept", file=sys.stderr)
+        return FAILED
     except Preempted as stop:
         print(f"miram: {one_line(str(stop))}", file=sys.stderr)
         return PREEMPTED

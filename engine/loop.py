@@ -8,7 +8,7 @@ change nothing but rounding. Everything random is seeded by what it is for, so p
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sized
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from typing import Annotated, Any, Literal, Protocol
 
@@ -76,9 +76,8 @@ class Stream(Protocol):
 
     batches_per_epoch: int
 
-    @property
-    def damaged(self) -> Sized:
-        """What could not be read, and was skipped, on this rank so far."""
+    def skipped(self) -> int:
+        """How many samples of this rank could not be read, and were skipped, since this was last asked."""
         ...
 
     def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Generator[Batch]:
@@ -203,9 +202,8 @@ class Trainer:
         line |= {"lr": group_lr(self.adamw), "grad_norm": grad_norm}
         line |= {"images_per_s": round(tracker.steps_per_second(self.step) * self.section.batch_size, 2)}
         line |= {"peak_memory_bytes": peak_memory_bytes()}
-        if damaged := int(
-            self.over_ranks(torch.tensor(float(len(self.stream.damaged)), device=self.accelerator.device))
-        ):
+        skipped = torch.tensor(float(self.stream.skipped()), device=self.accelerator.device)
+        if damaged := int(self.over_ranks(skipped)):
             line["damaged"] = damaged
         metrics.append(line)
         tracker.show(line)

@@ -50,7 +50,7 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
     settings = load(ProbeConfig, config, arguments)
     trial = Trial.of(settings)
     encoders = list(named_encoders(settings))
-    inputs = {"data": trial.shards.digest, "encoder": encoder_digest(settings.probe.encoder)}
+    inputs = trial.shards.inputs | {"encoder": encoder_digest(settings.probe.encoder)}
     run = open_run(settings, settings.out, "probe", inputs)
     if run.finished:
         print(f"{run.folder} is finished; nothing to do")
@@ -123,7 +123,7 @@ def write_result(run: Run, trial: Trial, probed: list[Probed]) -> None:
             "classes": {name: int((task.truth[judged] == k).sum()) for k, name in enumerate(task.classes)},
             "rows": list(rows(task, first, controls)),
             "differences": list(differences(first, controls)),
-            "notes": notes(trial, len(judged)),
+            "notes": notes(trial, task.chosen[judged].tolist()),
         }
     )
 
@@ -152,15 +152,22 @@ def differences(first: Probed, controls: list[Probed]) -> Iterator[dict[str, obj
         yield {"name": name, "value": gap.value, "interval": gap.interval}
 
 
-def images_seen(trial: Trial) -> int:
-    """Labelled images that the encoder was pretrained on, by the provenance in its encoder.json."""
+def images_seen(trial: Trial, judged: Sequence[int]) -> int | None:
+    """How many of the judged rows the encoder was pretrained on, by its provenance; None where that cannot be told."""
     provenance = read_provenance(trial.settings.probe.encoder)
     known = {(data["dataset"], data["records"]) for data in provenance.get("data", [])}
     sources = zip(trial.shards.roots, trial.shards.manifests, strict=True)
     roots = {root for root, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
-    split = provenance.get("split")
-    rows = [(trial.shards.root(i), trial.shards.rows[i]) for i in trial.task.chosen]
-    return sum(root in roots and (split is None or row["split"] in ("", split)) for root, row in rows)
+    of = [(trial.shards.root(i), trial.shards.splits[i]) for i in judged]
+    here = [split for root, split in of if root in roots]
+    seen = provenance.get("split")
+    if seen is None or not here:
+        return len(here)
+    data = trial.settings.data
+    if (provenance.get("split_digest", ""), provenance.get("fold")) != (trial.shards.split_digest, data.fold):
+        return None
+    undivided = not any(trial.shards.every.column("split")) and not trial.shards.split_digest
+    return len(here) if undivided else sum(split == seen.partition("-")[0] for split in here)
 
 
 def mean_of(probed: list[Probed]) -> Estimate:
@@ -168,14 +175,15 @@ def mean_of(probed: list[Probed]) -> Estimate:
     return Estimate.of(float(np.mean([p.value for p in probed])), np.mean([p.samples for p in probed], axis=0))
 
 
-def notes(trial: Trial, judged: int) -> list[str]:
+def notes(trial: Trial, judged: Sequence[int]) -> list[str]:
     """How the figures were made, for the reader of the report."""
     task, settings = trial.task, trial.settings
-    seen = images_seen(trial)
+    seen = images_seen(trial, judged)
+    told = f"saw {seen or 'none'} of the {len(judged)} judged images, without labels, as far as its provenance tells"
     return [
-        f"Pretraining saw {seen} of the {judged} judged images, without their labels; the random weights saw none."
-        if seen
-        else "Pretraining saw none of the judged images, as far as its provenance tells.",
+        f"Pretraining {told}."
+        if seen is not None
+        else "Pretraining used another split of the same data, so it may have seen judged images, without labels.",
         f"Intervals: 95 %, {settings.probe.replicates} bootstrap samples of patients. They do not cover the "
         "spread over pretraining seeds.",
         "C is chosen on inner folds of the training patients; no image is judged by a probe that saw its patient.",

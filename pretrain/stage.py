@@ -50,7 +50,7 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
     trainer = Trainer(run, model, stream, settings.train, settings.seed, accelerator)
     if accelerator.is_main_process:
         # The first thing written: all that can be refused has been.
-        open_run(settings, settings.out, "pretrain", {"data": shards.digest})
+        open_run(settings, settings.out, "pretrain", shards.inputs)
         warn_of_enlarged(views, shards, accelerator)
     accelerator.wait_for_everyone()
     if run.finished:
@@ -80,6 +80,8 @@ def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
         "objective": settings.objective,
         "data": [{k: m[k] for k in ("dataset", "licence", "records")} for m in shards.manifests],
         "split": settings.data.split,
+        "split_digest": shards.split_digest,
+        "fold": settings.data.fold,
         "images": len(shards),
         "config_sha256": hashlib.sha256(dump_yaml(settings).encode()).hexdigest(),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,3 +188,25 @@ def test_every_grey_level_survives_from_dicom_to_batch(tmp_path: Path, say: Say)
         (view,) = next(stream.batches(0, 0, 1, 1))["view/2"].numpy()
         assert np.abs(view[0] * 65535.0 - ramp).max() < 1
         assert len(np.unique(view)) == 2**16
+
+
+def test_the_script_for_an_array_job_asks_for_its_part(tmp_path: Path) -> None:
+    """Two tasks are submitted again: the part does not depend on how many tasks there are then."""
+    stub = tmp_path / "bin" / "miram"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$@"')
+    stub.chmod(0o755)
+    given = {
+        "SOURCE": "rsna",
+        "SRC": "/data/rsna",
+        "OUT": str(tmp_path / "out"),
+        "KEY": "/key",
+        "OPTIONS": "--disjoint",
+    }
+    slurm = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_CPUS_PER_TASK": "8"}
+    script = Path(__file__).parent.parent / "docs" / "ingest_array.sbatch"
+    environment = os.environ | given | slurm | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=True, env=environment)
+    part = f"{tmp_path / 'out'}.parts/3"
+    asked = f"data ingest rsna /data/rsna {part} --key /key --partition 3/32 --workers 8 --disjoint"
+    assert done.stdout.split() == asked.split()

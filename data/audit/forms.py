@@ -5,6 +5,7 @@ Each function yields a clause for everything that a file of `layout.py` has not.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -12,10 +13,10 @@ from tarfile import GNU_FORMAT, REGTYPE, USTAR_FORMAT, TarInfo
 from typing import Any
 
 from ..geometry import Geometry
+from ..identifying import identifies
 from ..image import MAX_PIXELS
 from ..layout import DESCRIBED, KEY_PATTERN, LABEL, MEMBERS
 from ..record import Box, Circle, Polygon
-from .search import IDENTIFYING
 
 FIELDS: Mapping[str, set[str]] = {
     # What a sample's JSON may hold, beside DESCRIBED and labels; and what each of these.
@@ -25,11 +26,12 @@ FIELDS: Mapping[str, set[str]] = {
     "circles": {field.name for field in fields(Circle)},
     "boxes": {field.name for field in fields(Box)},
     "polygons": {field.name for field in fields(Polygon)},
-    "facts": {"photometric", "presentation", "manufacturer", "voi"},
+    "facts": {"photometric", "presentation", "manufacturer", "voi", "masks"},
 }
 PLACES = [f"{member}_{what}" for member in MEMBERS for what in ("offset", "size")]
 KINDS = [kind for kind in MEMBERS if kind not in ("jpg", "jpeg")]  # foreign sets may hold those
 OWNERS = ("", "root")
+NAME = re.compile(r"[A-Za-z][A-Za-z_]{0,30}")
 MODES = (0o444, 0o644)
 
 
@@ -104,16 +106,22 @@ def foreign_fields(sample: Any) -> Iterator[str]:
             keys = {key for part in parts if isinstance(part, dict) for key in part}
             if keys - FIELDS[name] or (FIELDS[name] and not all(isinstance(part, dict) for part in parts)):
                 yield f"{name} has a field that no sample has"
-        elif not _listed(name) or isinstance(value, dict | list):
-            yield "has a field that no sample has"
+        elif fault := _unlisted(name) or ("has a field that no sample has" if isinstance(value, dict | list) else ""):
+            yield fault
 
 
 def foreign_columns(header: list[str]) -> Iterator[tuple[int, str]]:
     """Number of every column that no index has."""
     for i, name in enumerate(header, 1):
-        if name not in ("key", "shard", *PLACES) and not _listed(name):
-            yield i, "is no column of an index"
+        if name not in ("key", "shard", *PLACES) and (fault := _unlisted(name)):
+            yield i, fault if name.startswith(LABEL) else "is no column of an index"
 
 
-def _listed(name: str) -> bool:
-    return name in DESCRIBED or (name.startswith(LABEL) and not IDENTIFYING.search(name.removeprefix(LABEL)))
+def _unlisted(name: str) -> str:
+    """Why a name does not belong into a sample, or nothing. Long ones are not quoted: they may be what they hide."""
+    task = name.removeprefix(LABEL)
+    if name in DESCRIBED or (name != task and not identifies(task)):
+        return ""
+    if name == task:
+        return "has a field that no sample has"
+    return f"label {task if NAME.fullmatch(task) else '…'} looks identifying"

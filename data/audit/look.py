@@ -18,7 +18,7 @@ import re
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from tarfile import HeaderError, TarInfo
@@ -28,6 +28,7 @@ from ...engine.errors import UserError, one_line
 from ..image import decode_png
 from ..packed import PackedPixels
 from .forms import PLACES, chunks, foreign_columns, foreign_fields, hidden, tar_header
+from .own import Own
 from .search import Values, archive_values
 
 NUMBERS = {*PLACES, "height", "width", "bits", "max_value", "spacing_mm"}  # cells of these are numbers and no more
@@ -70,10 +71,13 @@ class Searched:
     files: int = 0
     bytes: int = 0
     values: int = 0
+    own: Own = field(default_factory=Own)
 
     def __str__(self) -> str:
         values = f"none of {self.values} values of the archive in" if self.values else "nothing in"
-        return f"{values} {self.files} files, {self.bytes / 1e6:.1f} MB after decompression"
+        passed = [f"{n} that {'are' if n > 1 else 'is'} {reason}" for reason, n in self.own.passed.items()]
+        left_out = f"; names of files and folders not searched for: {', '.join(passed)}" if passed else ""
+        return f"{values} {self.files} files, {self.bytes / 1e6:.1f} MB after decompression{left_out}"
 
 
 def audit(
@@ -94,10 +98,13 @@ def audit(
         if path is not None and not path.is_dir():
             raise UserError(f"the folder {path} is not there; name the folder to audit, and with --source its archive")
     unread: list[Path] = []
-    values = Values(archive_values(source.absolute(), folder.absolute(), unread) if source else (), allow)
+    searched = searched or Searched()
+    searched.own = Own.of(folder)
+    found = archive_values(source.absolute(), folder.absolute(), unread) if source else ()
+    values = Values(searched.own.secret(found), allow)
     for path in unread:
         yield Finding(file=str(path), place="", what="cannot be read, so its values were not searched for")
-    yield from _Audit(folder, values, searched or Searched()).run()
+    yield from _Audit(folder, values, searched).run()
 
 
 class _Audit:

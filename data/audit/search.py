@@ -1,9 +1,16 @@
 """What an archive tells of its patients, and a search for all of it at once.
 
 Taken from an archive: every header value of its DICOM files (nested, private, file meta and preamble too), the names of
-its files and folders, and the cells of those columns of its tables that look identifying. Not looked for, as nothing
-could be told from finding them: values of fewer than 4 characters; measurements of fewer than 8; the tags of `OPEN`
-and the words of `WORDS`, which a data set stores openly; code words (VR CS) without a digit; UIDs of the standard.
+its files and folders, and the cells of those columns of its tables whose names identify (identifying.py).
+
+Not looked for, as nothing could be told from finding them, and so not found where they do tell something:
+- values of fewer than 4 characters or of one repeated; numbers of fewer than 8, in tags that measure (DS, IS, US …);
+- words of closed lists (own.py): names of public collections and makers, words that data sets use of themselves (a Mrs
+  Mass or Mr Train is one), and, in tags for code words (CS), defined terms of the standard; UIDs of the standard;
+- numbers in the tags of SPACING, which a data set stores;
+- names of folders or files that are the data set's own, or a label's value: these are counted and said.
+Looked for in text alone: values of fewer than 8 characters, as whole words, numbers of these only in quotes or between
+slashes; in pixels and weights only values from 10 characters (numbers: 14) on.
 """
 
 from __future__ import annotations
@@ -28,25 +35,14 @@ from pydicom.tag import BaseTag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ..dicom.pixels import LARGE, guarded, read_dataset_of
-from ..dicom.reader import MANUFACTURERS, is_dicom
+from ..dicom.reader import is_dicom
+from ..identifying import identifies
 from ..image import UnreadableImage
+from .own import FILE, FOLDER, TERMS, Value, is_open
 
-OPEN = {  # what a sample's JSON says of them is harmless, and every film shares it
-    *("Laterality", "ImageLaterality", "ViewPosition", "ViewCodeSequence", "ViewModifierCodeSequence"),
-    *("Modality", "BodyPartExamined", "AnatomicRegionSequence", "PatientOrientation", "Manufacturer"),
-    *("PhotometricInterpretation", "PresentationIntentType", "PresentationLUTShape", "ImageType", "BurnedInAnnotation"),
-    *("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit"),
-    *("PixelSpacing", "ImagerPixelSpacing", "SpecificCharacterSet", "PixelData", "LossyImageCompression"),
+SPACING = {  # a sample's spacing_mm comes of them
+    *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor")
 }
-WORDS = re.compile(
-    "all|annotations?|archive|asymmetry|benign|birads|breast|calc|calcifications?|circles|csv|data(set)?|density|dicoms?"
-    "|diagnosis|exams?|facts|false|female|film|full|geometry|group|images?|jpegs?|labels?|laterality|left|malignant"
-    "|mammo(gra(m|ms|phy))?|masks?|mass|none|normal|nothing|patients?|phantoms?|pixels|right|roi|samples?|screening"
-    r"|(info|licen[cs]e|metadata|readme)(\.\w+)?"
-    "|series|shards?|split|study|tables?|test(ing)?|train(ing)?|true|unknown|valid(ation)?|view|"
-    + "|".join(set(MANUFACTURERS.values()))
-)
-IDENTIFYING = re.compile(r"patient|name|birth|dob|mrn|accession|address|phone|date|(^|_)(u?ids?|file|path)(_|$)", re.I)
 NUMERIC = {"DS", "IS", "FL", "FD", "US", "SS", "UL", "SL", "UV", "SV", "AT"}
 RAW = {"OB", "OW", "OD", "OF", "OL", "OV", "UN"}
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?")
@@ -54,8 +50,6 @@ PRINTABLE = re.compile(rb"[\x20-\x7e]{8,}")
 SHORT = 8  # shorter values are looked for as whole words, and only in text
 # In 0.5 GB of decoded films 20,000 made-up dates of 8 digits were found 246 times by chance, ids with letters once.
 PIXELS, PIXELS_NUMBER = 10, 14  # shortest text, and number, that is looked for in pixels
-
-Value = tuple[str, str]  # the text, and what it is
 
 
 # ---------------------------------------------------------------------------------------------- values of an archive
@@ -66,7 +60,7 @@ def archive_values(source: Path, apart: Path, unread: list[Path]) -> Iterator[Va
     for path in sorted(source.rglob("*")):
         if apart in (path, *path.parents):
             continue
-        yield from ((name, "name of a file or folder") for name in {path.name, path.stem})
+        yield from ((name, FOLDER if path.is_dir() else FILE) for name in {path.name, path.stem})
         try:
             yield from _content(path)
         except (UnreadableImage, OSError, UnicodeDecodeError, csv.Error):
@@ -90,11 +84,13 @@ def table_values(path: Path) -> Iterator[Value]:
         first = file.readline()
         file.seek(0)
         reader = csv.reader(file, delimiter=max(",;\t", key=first.count))
-        telling = {i: name for i, name in enumerate(next(reader, [])) if IDENTIFYING.search(name.replace(" ", "_"))}
+        telling = {i: name for i, name in enumerate(next(reader, [])) if identifies(name)}
         for row in reader:
             for i, name in telling.items():
                 cell = row[i].strip() if i < len(row) else ""
-                yield from ((part, f"column {name!r} of a table") for part in {cell, *cell.split("/")})
+                *folders, last = re.split(r"[/\\]", cell)
+                yield from ((part, FOLDER) for part in folders)
+                yield from ((text, f"column {name!r} of a table") for text in {cell, last})
 
 
 def dicom_values(path: Path) -> Iterator[Value]:
@@ -121,16 +117,20 @@ def dicom_values(path: Path) -> Iterator[Value]:
 def _elements(dataset: Dataset, encodings: Sequence[str]) -> Iterator[Value]:
     encodings = _encodings(dataset) or encodings
     for tag in sorted(dataset.keys()):
-        if keyword_for_tag(tag) in OPEN or not tag.element:
+        if keyword_for_tag(tag) == "PixelData" or not tag.element:
             continue
         raw: Any = dataset.get_item(tag)
         if _vr(raw) == "SQ":
             for item in dataset[tag].value or ():
                 yield from _elements(item, encodings)
-        elif isinstance(raw, RawDataElement):
-            yield from ((text, _called(tag)) for text in element_values(_vr(raw), raw.value or b"", encodings))
-        elif raw is not None:  # pydicom has looked at it while reading
-            yield from ((text, _called(tag)) for text in text_values(raw.VR, str(raw.value)))
+            continue
+        if isinstance(raw, RawDataElement):
+            texts = element_values(_vr(raw), raw.value or b"", encodings)
+        else:  # pydicom has looked at it while reading, or there is none
+            measure = raw is None or raw.VR in NUMERIC - {"DS", "IS"}
+            texts = iter(()) if measure else text_values(raw.VR, str(raw.value))
+        stored = keyword_for_tag(tag) in SPACING
+        yield from ((text, _called(tag)) for text in texts if not (stored and NUMBER.fullmatch(text)))
 
 
 def _encodings(dataset: Dataset) -> list[str]:
@@ -173,7 +173,8 @@ def text_values(vr: str, text: str) -> Iterator[str]:
     """A text whole, value by value, line by line; a person's name part by part, a date as ISO writes it, too."""
     lines = [part.strip(" \0") for part in re.split(r"[\\\r\n]", text)]
     for value in {text.strip(" \0"), *lines}:
-        if not ((vr == "CS" and not re.search(r"\d", value)) or (vr in ("DS", "IS") and len(value) < SHORT)):
+        measured = vr in ("DS", "IS") and len(value) < SHORT and NUMBER.fullmatch(value)
+        if not (measured or (vr == "CS" and value.upper() in TERMS)):
             yield value
         if vr == "PN":
             parts = [part for part in re.split(r"[\^= ]", value) if part]
@@ -243,7 +244,7 @@ class Values:
     def _add(self, value: str, origin: str) -> None:
         if len(value) < 4 or len(set(value)) < 2 or value in UID_dictionary:
             return
-        if value.casefold() in self.allowed or WORDS.fullmatch(value.casefold()):
+        if value.casefold() in self.allowed or is_open(value.casefold()):
             return
         self.count += value.lower().encode("utf-8", "replace") not in self.text
         spelled = (

@@ -1,17 +1,18 @@
 """Mammograms in DICOM files, in the order that the standard asks for.
 
     header -> refusals -> stored integers -> modality -> VOI -> inversion -> padding to 0 -> Film
-              (here)      (dicom_pixels)     (dicom_voi: one table from stored integers to grey)
+              (here)      (pixels.py)        (voi.py: one table from stored integers to grey)
 
 What leaves a file is pixels, a spacing and facts of closed lists; a reason never quotes the header.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydicom.dataset import Dataset
 
@@ -38,18 +39,18 @@ VIEWS = {
     "CV": (),
 }
 MANUFACTURERS = {
-    # A part of the name -> what is kept of it. The first that fits counts.
+    # How a word of the name begins, `$` where it ends there, too -> what is kept of it. The first that fits counts.
     "HOLOGIC": "hologic",
     "LORAD": "hologic",
-    "GE ": "ge",
-    "GEMS": "ge",
+    "GE$": "ge",
+    "GEMS$": "ge",
     "GENERAL ELECTRIC": "ge",
     "SIEMENS": "siemens",
     "FUJI": "fuji",
     "PHILIPS": "philips",
     "SECTRA": "philips",
     "PLANMED": "planmed",
-    "IMS": "ims",
+    "IMS$": "ims",
     "GIOTTO": "giotto",
     "CARESTREAM": "carestream",
     "KODAK": "carestream",
@@ -151,7 +152,8 @@ def read_dicom(path: Path, options: DicomOptions, *, spacing_mm: float | None = 
             if refused:
                 raise UnreadableImage(reason)
         layout = Layout.of(header)
-        shade = grey(header, layout.bits, signed=layout.signed, voi=options.voi, index=options.voi_index)
+        how: Any = {"signed": layout.signed, "voi": options.voi, "index": options.voi_index}
+        shade = grey(header, layout.bits, **how)  # before the pixels, which take long
         facts = _facts(header) | {"voi": shade.voi}
         spacing = spacing_mm or _spacing(header)
     with guarded("pixels"):
@@ -159,8 +161,10 @@ def read_dicom(path: Path, options: DicomOptions, *, spacing_mm: float | None = 
         if syntax.is_private or syntax.name == syntax:
             raise UnreadableImage("its transfer syntax is not of the standard")
         decode = decoder.decode if syntax.is_encapsulated else uncompressed
-        pixels = shade.table[codes_of(decode(path, layout), layout, syntax)]
-    return Film(pixels=pixels, max_value=shade.max_value, spacing_mm=spacing, facts=facts)
+        codes = codes_of(decode(path, layout), layout, syntax)
+        if layout.signed and not codes.max() >> (layout.bits - 1):
+            shade = grey(header, layout.bits, negative=False, **how)
+    return Film(pixels=shade.table[codes], max_value=shade.max_value, spacing_mm=spacing, facts=facts)
 
 
 def _refusals(header: Dataset, options: DicomOptions) -> Iterator[tuple[bool, str]]:
@@ -200,8 +204,9 @@ def _presentation(header: Dataset) -> str:
 
 
 def _facts(header: Dataset) -> dict[str, str]:
-    name = text(header, "Manufacturer") + " "
-    maker = next((maker for part, maker in MANUFACTURERS.items() if part in name), "other" if name.strip() else "")
+    name = text(header, "Manufacturer")
+    parts = {part.replace("$", r"\b"): maker for part, maker in MANUFACTURERS.items()}
+    maker = next((maker for part, maker in parts.items() if re.search(rf"\b{part}", name)), "other" if name else "")
     return {
         "photometric": text(header, "PhotometricInterpretation"),
         "presentation": _presentation(header),

@@ -3,8 +3,9 @@
     stored code -> modality LUT or rescale -> VOI LUT or window -> inversion -> padding to 0 -> 0 … max_value
     (C.11.1)                                 (C.11.2)              (C.7.6.3.1.2)  (C.7.5.1.1.2)
 
-There are at most 65536 codes, so all of it is computed once for each code and the image only looks itself up. Numbers
-in brackets are sections of DICOM PS3.3.
+max_value is what the stored bits hold, or a lookup table's, or 65535 where a window is so wide or so curved that fewer
+bits would lose grey levels. There are at most 65536 codes, so all of it is computed once for each code and the image
+only looks itself up. Numbers in brackets are sections of DICOM PS3.3.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ class Grey:
     voi: Voi
 
 
-def grey(header: Dataset, bits: int, *, signed: bool, voi: Choice = "auto", index: int = 0) -> Grey:
-    """The table for images of so many stored bits; two's complement codes if signed.
+def grey(
+    header: Dataset, bits: int, *, signed: bool, negative: bool = True, voi: Choice = "auto", index: int = 0
+) -> Grey:
+    """The table for images of so many stored bits; two's complement codes if signed, and whether any is `negative`.
 
     Where neither a VOI nor a modality LUT is applied, the range of the codes becomes 0 … 2**bits - 1: stored integers
     survive exactly under any rescale, which is but another name for them (turned round where its slope is negative).
+    Of signed codes without a negative one, that range is the upper half: else black would be a middle grey.
 
     Raises:
         UnreadableImage: a number of the header is missing, not finite or makes no sense.
@@ -53,11 +57,15 @@ def grey(header: Dataset, bits: int, *, signed: bool, voi: Choice = "auto", inde
     if lut is not None:
         (values, bits), used = _looked_up(values, lut), "lut"
     elif window is not None:
-        values, used = _windowed(values, *window) * ((1 << bits) - 1), "window"
+        values, used = _windowed(values, *window), "window"
+        bits = bits if _keeps_levels(values, bits) else 16
+        values = values * ((1 << bits) - 1)
     elif lut_bits:
         bits = lut_bits
     else:
-        values = (values - values.min()) / np.ptp(values) * ((1 << bits) - 1)
+        bits -= signed and not negative
+        taken = values[: 1 << bits]
+        values = (values - taken.min()) / np.ptp(taken) * ((1 << bits) - 1)
     max_value = (1 << bits) - 1
     levels = np.rint(values).clip(0, max_value)
     levels = max_value - levels if is_inverted(header) else levels
@@ -95,7 +103,12 @@ def _modality(header: Dataset, stored: NDArray[np.int64]) -> tuple[Values, int]:
 
 def _item(header: Dataset, keyword: str, index: int) -> Dataset | None:
     items = header.get(keyword) or []
-    return items[min(index, len(items) - 1)] if len(items) else None
+    return items[_place(index, len(items))] if len(items) else None
+
+
+def _place(index: int, count: int) -> int:
+    """Which of several tables or windows is meant: the one asked for, or the first where there are fewer."""
+    return index if 0 <= index < count else 0
 
 
 def _looked_up(values: Values, item: Dataset) -> tuple[Values, int]:
@@ -131,7 +144,7 @@ def _window(header: Dataset, index: int) -> tuple[float, float, str] | None:
         return None
     if len(centres) != len(widths):
         raise UnreadableImage("its windows lack a centre or a width")
-    place = index if index < len(centres) else 0
+    place = _place(index, len(centres))
     return centres[place], widths[place], text(header, "VOILUTFunction") or "LINEAR"
 
 
@@ -149,6 +162,11 @@ def _windowed(values: Values, centre: float, width: float, function: str) -> Val
     if width == 1:
         return (values > centre - 0.5).astype(np.float64)
     return np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
+
+
+def _keeps_levels(parts: Values, bits: int) -> bool:
+    """Whether parts of the output range that differ still do so in so many bits."""
+    return np.unique(np.rint(parts * ((1 << bits) - 1))).size == np.unique(parts).size
 
 
 def _is_padding(header: Dataset, stored: NDArray[np.int64]) -> NDArray[np.bool_]:

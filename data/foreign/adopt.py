@@ -30,11 +30,13 @@ from ...engine.errors import UserError, did_you_mean
 from ...engine.files import sha256, write_json
 from ...engine.track import progress_bar
 from ..image import decode_image
+from ..index import read_index
 from ..layout import IMAGES, MANIFEST, Moments, columns, write_index
 from ..packed import PackedPixels
 from ..record import Film, Pixels
 from ..store.local import Store, open_store
 from ..store.places import check_scheme, display, is_remote, local_path
+from ..table import Row
 from ..writer import Outcome
 from .tar import Scan, Wanted, scan
 
@@ -65,14 +67,24 @@ def adopt(
     """
     from ..ingest import write_skipped  # imports the readers of DICOM, which are slow to start
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    holds = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
+    if holds - {"index.csv", "manifest.json"}:
         raise UserError(f"{out} is there already and not empty; name another folder for the index")
     found = survey(source, labels=labels, dataset=dataset, patient=patient, secret=secret)
+    if "manifest.json" in holds:
+        if read_index(out) != as_read(found):
+            raise UserError(f"{out} already holds another data set; name another folder for the index")
+        return Outcome(samples=len(found.table), skipped=found.skipped, unchanged=True)
     for note in found.notes:
         print(f"miram: {note}", file=sys.stderr)
     write_survey(out, found)
     write_skipped(out, found.skipped)
     return Outcome(samples=len(found.table), skipped=found.skipped)
+
+
+def as_read(found: Survey) -> list[Row]:
+    """The rows of the index as reading it gives them."""
+    return [{column: str(row.get(column, "")) for column in found.columns} for row in found.table]
 
 
 def write_survey(out: Path, found: Survey) -> None:
@@ -105,13 +117,15 @@ def survey(
     if not samples:
         reason = next(iter(skipped.values()), "they hold no png, jpg or npy")
         raise UserError(f"{display(source)}: no sample of {len(shards)} shards can be used: {reason}")
+    if len({sample.channels for sample in samples}) > 1:
+        raise UserError(f"{display(source)} mixes grayscale and colour; index tars of one kind at a time")
     refuse_unknown_fields(wanted, scans)
     table = rows(scans)
     pixels, above = statistics(table)
     facts = {
         "dataset": name,
         "licence": "unknown",
-        "channels": max(sample.channels for sample in samples),
+        "channels": samples[0].channels,
         "adopted": True,
         "skipped": len(skipped),
         "pixels": pixels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +36,8 @@ def read_archive(source: str, src: Path, options: SourceOptions = SourceOptions(
         raise UserError(f"the folder {src} {fault}; name the folder that holds the archive's files")
     read = import_module(f".{SOURCES[source]}", __package__).read
     archive: Archive = read(src, options)
-    return archive
+    asked = {name: value for name, value in asdict(options).items() if name not in ("labels", "masks")}
+    return replace(archive, settings={**archive.settings, **asked})
 
 
 def _nearest(src: Path) -> str:

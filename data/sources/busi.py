@@ -20,8 +20,9 @@ from pathlib import Path
 from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
 from ..image import stamp
+from ..reading import walk_files
 from ..record import Record
-from .folder import Reading, listed, read_one
+from .folder import Reading, read_one
 
 FILE = re.compile(r"((benign|malignant|normal) \(\d+\))(_mask(?:_(\d+))?)?\.png", re.IGNORECASE)
 LICENCE = "BUSI: none stated; cite Al-Dhabyani et al. 2020"
@@ -40,7 +41,7 @@ def read(src: Path, options: SourceOptions) -> Archive:
     options.only("busi", "channels")
     images: dict[str, Path] = {}
     masks: dict[str, list[tuple[int, Path]]] = defaultdict(list)
-    for path in listed(src):
+    for path in walk_files(src):
         if match := FILE.fullmatch(path.name):
             name = match[1].lower()
             if match[3]:

@@ -13,7 +13,6 @@ calc tables, under two names: each is one film here. Patients are P_00001 …, n
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from ..archive import Archive, SourceOptions
 from ..dicom.reader import DicomOptions
 from ..geometry import nearest
 from ..image import UnreadableImage, stamp
-from ..reading import is_image, read_file
+from ..reading import is_image, read_file, walk_files
 from ..record import Film, Pixels, Record, Region
 from .cbis_tables import PARTS, Finding, labels, read_tables
 
@@ -68,6 +67,7 @@ def read(src: Path, options: SourceOptions) -> Archive:
         records=[record(group, files, splits.of(group), options) for group in there],
         breast=image,
         notes=tuple(notes(groups, there, files, splits, image=image)),
+        absent=tuple(absent(groups, files, image=image)),
         settings={"level": options.level, "disjoint": options.disjoint} | ({} if image else {"margin": options.margin}),
     )
 
@@ -79,10 +79,12 @@ def find_files(src: Path, findings: Sequence[Finding]) -> Files:
     """The image files below every folder that carries the name of a film, a mask or a series of the tables."""
     wanted = {name for f in findings for name in (f.film, f.mask, f.film_series, *f.mask_series)} - {""}
     found: dict[str, list[Path]] = defaultdict(list)
-    for folder, _, names in os.walk(src):
-        for place in wanted.intersection(Path(folder).relative_to(src).parts):
-            found[place] += [path for name in names if name[0] != "." and is_image(path := Path(folder, name))]
-    return {place: sorted(paths) for place, paths in found.items() if paths}
+    for path in walk_files(src):
+        places = wanted.intersection(path.relative_to(src).parent.parts)
+        if places and is_image(path):
+            for place in places:
+                found[place].append(path)
+    return found
 
 
 def film_of(group: Group, files: Files) -> Path | None:
@@ -138,6 +140,16 @@ def record(group: Group, files: Files, split: str, options: SourceOptions) -> Re
         stamp=", ".join(stamp(path) for path in dict.fromkeys((film, *(path for paths in masks for path in paths)))),
         labels=labels(group),
     )
+
+
+def absent(groups: Sequence[Group], files: Files, *, image: bool) -> Iterator[str]:
+    """The films without a file and the masks without one, or the abnormalities that lack either."""
+    for group in groups:
+        bare = [finding.mask for finding in group if not masks_of(finding, files)]
+        if film_of(group, files):
+            yield from bare
+        else:
+            yield group[0].film_key if image else group[0].mask
 
 
 def notes(

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ...engine.errors import UserError
+from ..reading import walk_files
 from ..record import Label
 from .tables import Row, each_row, given, known, numbered_density, whole
 
@@ -77,7 +78,7 @@ def read_tables(folder: Path) -> list[Finding]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name with --labels the folder that holds the CBIS-DDSM tables")
-    paths = sorted(path for path in folder.rglob("*.csv") if TABLE.fullmatch(path.name))
+    paths = [path for path in walk_files(folder) if TABLE.fullmatch(path.name)]
     if not paths:
         raise UserError(
             f"{folder} holds no table such as mass_case_description_train_set.csv; download the four tables of "

@@ -23,7 +23,7 @@ from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
 from ..dicom.reader import Header, read_header
 from ..image import UnreadableImage, stamp
-from ..reading import is_image, read_file
+from ..reading import is_image, read_file, walk_files
 from ..record import Label, Record
 from .tables import Row, decade, each_row, given, known
 
@@ -52,17 +52,16 @@ def read(src: Path, options: SourceOptions) -> Archive:
     """
     options.only("cmmd", "labels", "dicom")
     table = read_table(find_table(src, options.labels))
-    paths = [
-        path for path in sorted(src.rglob("*")) if path.is_file() and path.name[0] != "." and patient_in(path, src)
-    ]
-    paths = [path for path in paths if is_image(path)]
+    paths = [path for path in walk_files(src) if patient_in(path, src) and is_image(path)]
     if not paths:
         raise UserError(f"{src} holds no image in folders such as CMMD/D1-0001; name the folder above them")
     headers = [header_of(path) for path in paths]
     every = [record(src, path, header, table, options) for path, header in zip(paths, headers, strict=True)]
     records = list({one.image_id: one for one in reversed(every)}.values())[::-1]
-    told = notes(records, len(every) - len(records), headers.count(None), table)
-    return Archive(dataset="cmmd", licence=LICENCE, records=records, notes=tuple(told))
+    there = {one.patient_id for one in records}
+    absent = tuple(patient for patient in table.ages if patient not in there)
+    told = tuple(notes(records, len(absent), len(every) - len(records), headers.count(None), table))
+    return Archive(dataset="cmmd", licence=LICENCE, records=records, notes=told, absent=absent)
 
 
 # ---------------------------------------------------------------------------------------------- table
@@ -77,7 +76,7 @@ def find_table(src: Path, labels: Path | None) -> Path:
     if labels is not None and labels.is_file():
         return labels
     folder = src if labels is None else labels
-    found = sorted(path for path in folder.rglob("*.csv") if TABLE.fullmatch(path.name))
+    found = [path for path in walk_files(folder) if TABLE.fullmatch(path.name)] if folder.is_dir() else []
     if not found:
         raise UserError(
             f"{folder} holds no {NAME}; put it there or name it with --labels (save the .xlsx of the archive as CSV)"
@@ -153,9 +152,9 @@ def record(src: Path, path: Path, header: Header | None, table: Table, options: 
     )
 
 
-def notes(records: Sequence[Record], copies: int, unread: int, table: Table) -> Iterator[str]:
+def notes(records: Sequence[Record], absent: int, copies: int, unread: int, table: Table) -> Iterator[str]:
     """What is missing, and what is not known of what is there."""
-    if absent := len(set(table.ages) - {one.patient_id for one in records}):
+    if absent:
         yield f"{absent} of the table's {len(table.ages)} patients have no image on disk"
     if copies:
         yield f"{copies} files are copies of another one and were left out"

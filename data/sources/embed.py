@@ -37,6 +37,7 @@ from .tables import (
     given,
     known,
     left_out,
+    number,
     numbered_density,
     read_with_boxes,
     whole,
@@ -48,12 +49,14 @@ METADATA = (
     *("spot_mag", "ROI_coords"),
 )
 IN_ARCHIVE = re.compile(r"cohort_\d+/.+")  # anon_dicom_path begins with folders of the machine it was made on
+INNERMOST = re.compile(r"[\[(]([^\[\]()]+)[\])]")
 BIRADS = {"N": 1, "B": 2, "P": 3, "S": 4, "M": 5, "K": 6, "A": 0}
 MILDEST_FIRST = (1, 2, 3, 0, 4, 5, 6)
 LICENCE = (
     "EMBED Research Use Agreement: non-commercial research; clause 5: no public release of models, weights or "
     "embeddings trained on any of it without written permission of Emory University School of Medicine"
 )
+SETTINGS = {"boxes": "mirrored back"}
 NOTE = "EMBED forbids to release models, weights or embeddings trained on it without written permission (clause 5)"
 
 
@@ -68,18 +71,39 @@ def read(src: Path, options: SourceOptions) -> Archive:
     table = find_table("EMBED_OpenData_metadata.csv", src, options.labels, below="tables")
     counts: Counter[str] = Counter()
     records: dict[str, Record] = {}
+    absent: dict[str, None] = {}  # in order, each once
+    mirrored: set[str] = set()
     for row in each_row(table, METADATA, optional=("DCM_ROI_coords",)):
-        why = unfit(row)
-        path = None if why else image_path(src, row["anon_dicom_path"])
-        if path is None:
-            counts[why or ABSENT] += 1
-            continue
-        found = record(src, path, row, exams.get((row["empi_anon"], row["acc_anon"]), []), options)
-        records.setdefault(found.image_id, found)
+        if why := unfit(row):
+            counts[why] += 1
+        elif path := image_path(src, row["anon_dicom_path"]):
+            found = record(src, path, row, exams.get((row["empi_anon"], row["acc_anon"]), []), options)
+            records.setdefault(found.image_id, found)
+            mirrored.update([found.image_id] if all(boxes_of(row)) else [])
+        else:
+            absent[name_of(row["anon_dicom_path"])] = None
     if not records:
         raise UserError(f"no plain 2D image of {table} is in {src}; name the folder above images/cohort_1")
-    notes = (NOTE, *unlabelled(records.values()), *left_out(counts))
-    return Archive(dataset="embed", licence=LICENCE, records=list(records.values()), notes=notes)
+    counts += Counter({ABSENT: len(absent)})
+    return Archive(
+        dataset="embed",
+        licence=LICENCE,
+        records=list(records.values()),
+        notes=(NOTE, *uncertain(len(mirrored)), *unlabelled(records.values()), *left_out(counts)),
+        absent=tuple(absent),
+        settings=SETTINGS,
+    )
+
+
+def uncertain(count: int) -> tuple[str, ...]:
+    """A note on boxes that may lie on the wrong side."""
+    if not count:
+        return ()
+    return (
+        f"the boxes of {count} images come from ROI_coords, which seem to count in copies with the chest wall on the "
+        "left, as an issue of the archive and columns of later tables suggest and nothing documents: they are mirrored "
+        "back on films with the breast on the right; look at some before you trust them",
+    )
 
 
 def unlabelled(records: Iterable[Record]) -> tuple[str, ...]:
@@ -107,20 +131,24 @@ def unfit(row: Row) -> str:
 
 def image_path(src: Path, original: str) -> Path | None:
     """The file that the table calls `…/cohort_1/patient/study/uid.dcm`, or None."""
-    match = IN_ARCHIVE.search(original.replace("\\", "/"))
-    name = re.sub(r"\.dcm$", "", match[0] if match else original, flags=re.IGNORECASE)
+    name = name_of(original)
     places = (find_image(folder, name, (".dcm", ".png")) for folder in (src / "images", src))
     return next((path for path in places if path is not None), None)
+
+
+def name_of(original: str) -> str:
+    """What the archive calls that file, without its suffix."""
+    match = IN_ARCHIVE.search(original.replace("\\", "/"))
+    return re.sub(r"\.dcm$", "", match[0] if match else original, flags=re.IGNORECASE)
 
 
 def record(src: Path, path: Path, row: Row, exam: list[Row], options: SourceOptions) -> Record:
     """An image's record."""
     side = row["ImageLateralityFinal"].upper()[:1]
-    exact = known(row["DCM_ROI_coords"])
-    boxes = parse_boxes(exact or row["ROI_coords"])
+    boxes, mirrored = boxes_of(row)
     name = path.relative_to(src).as_posix()
     return Record(
-        read=partial(read_image, path, options.dicom, boxes, chest_wall_left=not exact),
+        read=partial(read_image, path, options.dicom, boxes, chest_wall_left=mirrored),
         name=name,
         stamp=stamp(path),
         image_id=name.rsplit(".", 1)[0].removeprefix("images/"),
@@ -147,11 +175,17 @@ def labels(exam: list[Row], side: str) -> dict[str, str | int]:
     )
 
 
+def boxes_of(row: Row) -> tuple[tuple[Box, ...], bool]:
+    """An image's boxes, and whether they were drawn on a copy with the chest wall on the left."""
+    exact = known(row["DCM_ROI_coords"])
+    return parse_boxes(exact or row["ROI_coords"]), not exact
+
+
 def parse_boxes(cell: str) -> tuple[Box, ...]:
-    """The boxes in lists, nested to any depth, of ymin, xmin, ymax, xmax; numbers left over are dropped."""
-    numbers = [float(text) for text in re.findall(r"-?\d+(?:\.\d+)?", cell)]
-    fours = zip(*[iter(numbers)] * 4, strict=False)
-    return tuple(Box(left=left, top=top, right=right, bottom=bottom) for top, left, bottom, right in fours)
+    """The boxes in lists, nested to any depth, of ymin, xmin, ymax, xmax; a list of anything else is dropped."""
+    lists = ([number(text) for text in re.split(r"[\s,]+", each.strip(" ,"))] for each in INNERMOST.findall(cell))
+    whole_ones = ([x for x in each if x is not None] for each in lists if len(each) == 4)
+    return tuple(Box(top=b[0], left=b[1], bottom=b[2], right=b[3]) for b in whole_ones if len(b) == 4)
 
 
 def read_image(path: Path, dicom: DicomOptions, boxes: tuple[Box, ...], *, chest_wall_left: bool) -> Film:

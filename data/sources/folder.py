@@ -5,34 +5,43 @@
                     column is a label
     MASKS/**        see masks.py; may lie in SRC, or be SRC
 
-`file` is the path below SRC, or its name where that is unique, with or without suffix. What the table leaves open of
-patient, exam, side and view is taken from DICOM headers. Where neither tells the patient, nobody knows which images
-belong together: each counts as a patient, which leaks between splits if that is wrong. `bits` or `max_value` says how
-far the pixels reach where the file has room for more: 12 bits come as 0 … 4095 in files of 16.
+`file` is the path below SRC (backslashes count as slashes), or its name where that is unique, with or without suffix.
+What the table leaves open of patient, exam, side and view is taken from DICOM headers. Where neither tells the patient,
+or an anonymiser wrote the same for everybody, nobody knows which images belong together: each counts as a patient,
+which leaks between splits if that is wrong. `bits` or `max_value` says how far the pixels reach where the file has room
+for more: 12 bits come as 0 … 4095 in files of 16.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from ...engine.errors import UserError
+from ...engine.track import Meter
 from ..archive import Archive, SourceOptions
 from ..dicom.reader import DicomOptions, read_header
 from ..image import SUFFIXES, UnreadableImage, in_colour, opened, read_film, stamp, stored_range
 from ..reading import is_image, read_file
 from ..record import Film, MaskKind, Record
-from .labels import KNOWN, Row, max_value, read_table, side, spacing_mm
+from .labels import KNOWN, Row, max_value, read_table, side, spacing_mm, split, view
 from .masks import MaskFile, pair, split_shared, stem_of, with_masks
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "holdout"}
 SAMPLED = 16  # images whose range is looked at
 RANGES = (10, 12, 14)  # bits that detectors give, below the 16 of their files
-MOST_FINDINGS = 20  # different words in the names of masks
+NOBODY = re.compile(  # what anonymisers leave in place of a patient's id
+    r"0+|x+|-+|anon(ym\w*)?|(de-?)?identified|deid|removed|redacted|unknown|none|null|nan|na|n/a|patient(_?id)?|empty",
+    re.IGNORECASE,
+)
+FEW = 4  # images that one patient's exam has: from more on, one id for all is nobody's
+MANY = 200  # files whose headers take long enough to show progress
 Masks = dict[Path, list[MaskFile]]
 
 
@@ -50,7 +59,7 @@ def read(src: Path, options: SourceOptions) -> Archive:
     if not images:
         raise UserError(f"{src} holds no image (DICOM, {', '.join(sorted(SUFFIXES))}); name a folder that does")
     table = match_rows(src, images, read_table(options.labels)) if options.labels else {path: {} for path in images}
-    table = {path: with_header(path, row) for path, row in table.items()}
+    table, odd = with_headers(table)
     records = [record(src, path, row, masks.get(path, []), options) for path, row in table.items()]
     return Archive(
         dataset="folder",
@@ -58,7 +67,7 @@ def read(src: Path, options: SourceOptions) -> Archive:
         records=records,
         breast=options.channels == 1,
         channels=options.channels,
-        notes=(*notes(images, table), *mask_notes(options.masks, images, table, masks, strays)),
+        notes=(*odd, *notes(images, table), *mask_notes(options.masks, images, table, masks, strays)),
         settings={"masks": options.mask_kind} if options.masks else {},
     )
 
@@ -123,7 +132,7 @@ def match_rows(src: Path, images: list[Path], rows: list[Row]) -> dict[Path, Row
     """
     names = Counter(name for path in images for name in _names(src, path))
     by_name = {name: path for path in images for name in _names(src, path) if names[name] == 1}
-    by_name |= {path.relative_to(src).as_posix(): path for path in images}
+    by_name |= {path.relative_to(src).as_posix().replace("\\", "/"): path for path in images}
     table: dict[Path, Row] = {}
     for row in rows:
         path = by_name.get(row["file"])
@@ -140,27 +149,51 @@ def match_rows(src: Path, images: list[Path], rows: list[Row]) -> dict[Path, Row
 
 def _names(src: Path, path: Path) -> set[str]:
     stem = stem_of(path)
-    return {path.relative_to(src).with_name(stem).as_posix(), path.name, stem}
+    return {name.replace("\\", "/") for name in (path.relative_to(src).with_name(stem).as_posix(), path.name, stem)}
 
 
 # ---------------------------------------------------------------------------------------------- records
 
 
-def with_header(path: Path, row: Row) -> Row:
-    """The row of an image, filled up with what a DICOM header says of patient, exam, side and view."""
-    if path.suffix.lower() in SUFFIXES:
-        return row
+def with_headers(table: Mapping[Path, Row]) -> tuple[dict[Path, Row], list[str]]:
+    """The rows of all images, filled up with what DICOM headers say, and what the user should know of that."""
+    files = [path for path in table if path.suffix.lower() not in SUFFIXES]
+    told: dict[Path, Row] = {}
+    with Meter("headers", len(files)) if len(files) > MANY else nullcontext() as meter:
+        for path in files:
+            told[path] = header_row(path)
+            if meter:
+                meter.advance()
+    ids = {path: row["patient"] for path, row in told.items() if "patient" in row and not table[path].get("patient")}
+    one = len(ids) == len(table) > FEW and len(set(ids.values())) == 1
+    blank = {path for path, patient in ids.items() if one or NOBODY.fullmatch(patient)}
+    for path in blank:
+        del told[path]["patient"]
+    notes = [f"{len(blank)} DICOM headers give the same patient for all or a filler such as `anonymous`: not believed"]
+    return {path: fill(row, told.get(path, {})) for path, row in table.items()}, notes if blank else []
+
+
+def header_row(path: Path) -> Row:
+    """What a DICOM header says of patient, exam, side and view."""
     try:
         header = read_header(path)
     except UnreadableImage:  # it is left out, and listed, when its pixels are read
-        return row
+        return {}
     told = {
         "patient": header.patient_id,
         "exam": header.study_uid,
         "laterality": header.laterality,
         "view": header.view,
     }
-    return row | {name: value for name, value in told.items() if value and not row.get(name)}
+    return {name: value for name, value in told.items() if value}
+
+
+def fill(row: Row, told: Row) -> Row:
+    """A row of the table with what it leaves open."""
+    own = {name: value for name, value in row.items() if value}
+    if NOBODY.fullmatch(own.get("patient", "")) and not own["patient"].isdecimal():  # somebody may count from 0
+        del own["patient"]
+    return {**row, **told, **own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +257,8 @@ def record(src: Path, path: Path, row: Row, masks: Sequence[MaskFile], options: 
         patient_id=row.get("patient") or f"file:{name}",
         exam_id=row.get("exam", ""),
         laterality=side(row, name),
-        view=row.get("view", "").upper(),
-        split=row.get("split", ""),
+        view=view(row, name),
+        split=split(row, name),
         labels=({"finding": finding} if finding else {})
         | {column: value for column, value in row.items() if column not in KNOWN and value},
     )
@@ -291,11 +324,8 @@ def mask_notes(
     if strays:
         yield f"{len(strays)} masks belong to no image, such as {strays[0].name}"
     findings = Counter(mask.finding for path in table for mask in masks.get(path, []) if mask.finding)
-    if len(findings) > MOST_FINDINGS:
-        raise UserError(
-            f"the masks' names hold {len(findings)} different words behind those of the images, such as "
-            f"{', '.join(sorted(findings)[:3])}, which would be stored as labels; rename the masks"
-        )
     if findings:
         told = ", ".join(f"{name} ({count})" for name, count in sorted(findings.items()))
         yield f"the masks' names tell the findings {told}: kept as the label `finding`"
+    if strange := sum(mask.strange for path in table for mask in masks.get(path, [])):
+        yield f"the names of {strange} masks hold words that are no known findings: the masks were taken, not the words"

@@ -55,18 +55,16 @@ def read(src: Path, options: SourceOptions) -> Archive:
         for path in sorted(folder.glob("*_ANON.*"), reverse=True)
         if (match := FILE.fullmatch(path.name))
     }
-    counts = Counter(
-        {ABSENT: len(rows.keys() - films.keys()), "they are not in the table": len(films.keys() - rows.keys())}
-    )
+    absent = tuple(f"AllDICOMs/{name}" for name in rows if name not in films)
+    counts = Counter({ABSENT: len(absent), "they are not in the table": len(films.keys() - rows.keys())})
     records = [record(src, films[name], rows[name], options) for name in rows if name in films]
     if not records:
         raise UserError(
             f"{folder} holds none of the {len(rows)} films of {table}, under names like "
             "<File Name>_<hash>_MG_R_CC_ANON.dcm; use the names of the release, they tell the patients"
         )
-    return Archive(
-        dataset="inbreast", licence=LICENCE, records=records, notes=(*notes(src, records), *left_out(+counts))
-    )
+    told = (*notes(src, records), *left_out(+counts))
+    return Archive(dataset="inbreast", licence=LICENCE, records=records, notes=told, absent=absent)
 
 
 def notes(src: Path, records: list[Record]) -> list[str]:

@@ -3,8 +3,9 @@
     LABELS.csv      UTF-8, commas; `file`, and any of KNOWN; every other column is a label, stored in the clear
 
 Because labels are stored in the clear, columns that may tell who a patient is are refused: by their name, by values
-that look like dates, UIDs or addresses, and by repeating the file's or the patient's name. This catches slips; it does
-not replace looking at the table.
+that look like dates, UIDs or addresses (identifying.py), by repeating the file's or the patient's name, by too many
+different texts, by ages above 89, which are so rare that they name somebody. View and split are stored in the clear,
+too: a view is one of VIEWS, a split a short word. This catches slips; it does not replace looking at the table.
 """
 
 from __future__ import annotations
@@ -17,32 +18,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...engine.errors import UserError
+from ..dicom.reader import VIEWS as DICOM_VIEWS
+from ..identifying import identifies, told_by
 
 KNOWN = ("file", "patient", "exam", "laterality", "view", "split", "spacing_mm", "bits", "max_value")
 ALMOST_FILE = {"image", "img", "path", "filename", "file_name", "filepath", "image_path", "img_path", "image_file"}
 HASHED = {"file", "patient", "exam"}  # what they hold never leaves in the clear
-IDENTIFYING = re.compile(r"patient|name|birth|dob|mrn|ssn|accession|address|e-?mail|phone|(^|_)uid", re.IGNORECASE)
-MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
-DAY = r"(?:0?[1-9]|[12]\d|3[01])"
-TELLING = {
-    "a date": re.compile(
-        rf"(?<![\d.])(?:(?:19|20)\d\d[-/.](?:0?[1-9]|1[0-2])[-/.]{DAY}|{DAY}[-/.]{DAY}[-/.](?:19|20)?\d\d"
-        rf"|(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))(?![\d.])"
-        rf"|\b(?:\d\d?[ .-]{{0,2}})?{MONTH}[ .,-]{{1,2}}(?:\d\d?,? )?(?:19|20)\d\d\b",
-        re.IGNORECASE,
-    ),
-    "a UID": re.compile(r"(?<![\d.])[0-2](?:\.\d+){3}"),
-    "an e-mail address": re.compile(r"(?<=[^\s@])@[^\s@.]+\.\w"),
-    "a name in DICOM's spelling": re.compile(r"\w\^\w"),
-}
 SIDES = {"L": ("l", "left", "links", "gauche", "izquierda", "sinistra")}
 SIDES["R"] = ("r", "right", "rechts", "droite", "derecha", "destra")
 SIDE_OF = {word: letter for letter, words in SIDES.items() for word in words}
+VIEWS = {*DICOM_VIEWS, "LAT", "LATERAL", "OBLIQUE", "AXIAL", "CORONAL", "SAGITTAL", "FRONTAL", "AP", "PA", "LL", "ID"}
+VIEWS |= {"CCID", "MLOID", "MAG", "SPOT", "TAN", "MACULA", "DISC"}  # what other archives than mammograms call theirs
+SPLIT = re.compile(r"[A-Za-z0-9_-]{1,16}")
+AGE = re.compile(r"(^|[\W_])(age|ages|alter)([\W_]|$)", re.IGNORECASE)
+YEARS = re.compile(r"0*(\d{2,4})(?:\.\d*)? ?[Yy]?")
+OLDEST = 89  # years that may be told exactly (HIPAA's safe harbour, 45 CFR 164.514)
 RANGES = {"bits": {str(n): 2**n - 1 for n in range(1, 17)}}
 RANGES["max_value"] = {str(largest): largest for largest in RANGES["bits"].values()}
 LONGEST = 500  # characters of a label
 LARGEST = 200 * 2**20  # bytes of a table
 MANY = 16  # rows from which a text that never repeats is no label but an identifier
+CLASSES, SHARE = 20, 0.1  # a label has no more different texts than that, or than that part of its rows
 Row = dict[str, str]
 
 
@@ -58,6 +54,7 @@ def read_table(path: Path) -> list[Row]:
     if not lines:
         raise UserError(f"the label file {path} needs a header with the column `file`, and rows below it")
     rows = [{k: v.strip() for k, v in zip(columns, line, strict=True) if k} for line in lines]
+    rows = [row | {"file": row["file"].replace("\\", "/")} for row in rows]
     check_labels(path, rows)
     return rows
 
@@ -115,11 +112,11 @@ def check_header(path: Path, columns: Sequence[str]) -> None:
     odd = next((name for name in columns if len(name) > 100 or not name.isprintable()), None)
     if odd is not None:
         raise UserError(f"the label file {path} has a column {odd[:30]!r}, which is no name for a label; rename it")
-    telling = sorted(column for column in columns if IDENTIFYING.search(column) and column not in KNOWN)
-    if telling:
+    if bad := [repr(column) for column in columns if identifies(column) and column not in KNOWN]:
         raise UserError(
-            f"the label file {path} has columns that may name a patient ({', '.join(telling)}), and labels are stored "
-            "in the clear: call the patient's id `patient` (it is hashed) and drop the others"
+            f"the label file {path} has columns that may tell who a patient is ({', '.join(bad[:5])}), and labels are "
+            "stored in the clear: call a patient's id `patient` and an exam's `exam` (these are hashed), drop the "
+            "others, or rename one that tells nothing of the kind"
         )
 
 
@@ -144,15 +141,29 @@ def telling(column: str, rows: Sequence[Row]) -> Iterator[str]:
     for value in values:
         if len(value) > LONGEST:
             yield f"holds a text of {len(value)} characters"
-        yield from (f"holds {what}" for what, pattern in TELLING.items() if pattern.search(value))
-    if column in KNOWN or len(values) < 3:
-        return
+        yield from (f"holds {what}" for what in told_by(value))
+        if AGE.search(column) and (years := YEARS.fullmatch(value)) and int(years[1]) > OLDEST:
+            yield f"holds ages above {OLDEST}, which identify (write decades, such as 70-79 and 80+)"
+    texts = values if column == "split" else {value for value in values if is_code(value)}
+    if len(texts) > max(CLASSES, SHARE * len(given)):
+        yield f"has {len(texts)} different texts, more than a label's classes"
+    if column not in KNOWN and len(values) >= 3:
+        yield from repeating(column, given)
+
+
+def repeating(column: str, given: Sequence[Row]) -> Iterator[str]:
+    """Which of the archive's ids the values of a column repeat, or look like."""
+    values = {row[column] for row in given}
     if all(Path(row["file"]).stem in row[column] for row in given):
         yield "repeats the names of the files"
     if all(row[column] in (row.get("patient"), row.get("exam")) for row in given):
         yield "repeats the patient or exam"
     if len(values) == len(given) >= MANY and all(map(is_code, values)):
         yield "differs in every row, as identifiers do"
+    pairs = {(row.get("patient"), row[column]) for row in given}
+    patients = {patient for patient, _ in pairs if patient}
+    if len(given) > len(pairs) == len(values) == len(patients) >= MANY and all(map(str.isdecimal, values)):
+        yield "numbers the patients"
 
 
 def is_code(value: str) -> bool:
@@ -177,6 +188,35 @@ def side(row: Row, name: str) -> str:
     if text and text.lower() not in SIDE_OF:
         raise UserError(f"the label file gives {name} the laterality {text!r}; write L or R, or leave it empty")
     return SIDE_OF[text.lower()] if text else ""
+
+
+def view(row: Row, name: str) -> str:
+    """One of VIEWS, or nothing.
+
+    Raises:
+        UserError: the cell says something else.
+    """
+    text = row.get("view", "").upper()
+    if text and text not in VIEWS:
+        raise UserError(
+            f"the label file gives {name} a `view` that is none of {', '.join(sorted(VIEWS))}; correct it or leave it "
+            "empty, or give the column another name to keep it as a label"
+        )
+    return text
+
+
+def split(row: Row, name: str) -> str:
+    """The name of a split, or nothing.
+
+    Raises:
+        UserError: the cell holds more than such a name.
+    """
+    text = row.get("split", "")
+    if text and not SPLIT.fullmatch(text):
+        raise UserError(
+            f"the label file gives {name} a `split` that is no name of one; write up to 16 letters, digits, _ or -"
+        )
+    return text
 
 
 def spacing_mm(row: Row, name: str) -> float | None:

@@ -3,7 +3,9 @@
     IMAGES/a/film7.png      MASKS/a/film7.png           the image's name, in the same place or anywhere below MASKS
                             MASKS/film7_mask.png        with one of WORDS behind or in front of it
                             MASKS/film7_mask_1.png …    numbered: one file a finding
-                            MASKS/film7_benign.png      with a word of its own: one file a finding, the word its label
+                            MASKS/film7_benign.png      with a word of FINDINGS: one file a finding, the word its label
+
+Other words of a mask's name are dropped, as labels are stored in the clear and the word may be a patient's name.
 
 Instances: a file of black and white is one finding. Black and white is what has two values, is a JPEG, or has
 grey levels only along the edges (JPEG's ringing, smoothing): it is cut at half. A file of several values numbers its
@@ -30,6 +32,42 @@ from ..record import Film, MaskKind, Pixels
 
 WORDS = {"mask", "masks", "seg", "segmentation", "label", "labels", "lesion", "li", "roi", "annotation", "annotations"}
 WORDS |= {"gt", "groundtruth", "ground", "truth"}
+FINDINGS = {
+    "benign",
+    "malignant",
+    "normal",
+    "abnormal",
+    "suspicious",
+    "cancer",
+    "mass",
+    "masses",
+    "cluster",
+    "distortion",
+}
+FINDINGS |= {
+    "asymmetry",
+    "calc",
+    "calcs",
+    "calcification",
+    "calcifications",
+    "microcalcification",
+    "microcalcifications",
+}
+FINDINGS |= {"tumour", "tumor", "cyst", "nodule", "fibroadenoma", "carcinoma", "dcis", "idc", "ilc", "architectural"}
+FINDINGS |= {
+    "spiculated",
+    "focal",
+    "global",
+    "breast",
+    "pectoral",
+    "muscle",
+    "nipple",
+    "skin",
+    "fat",
+    "gland",
+    "vessel",
+}
+FINDINGS |= {"lymph", "node", "implant", "scar", "optic", "disc", "cup", "haemorrhage", "hemorrhage", "exudate"}
 IMAGE_WORDS = {"image", "img", "orig", "original"}  # film7_image.png has the mask film7_mask.png
 VIEWS = {"l", "r", "left", "right", "cc", "mlo", "ml", "lm", "lat"}  # such a word makes it the name of another image
 SEPARATOR = r"[\s_.()-]"
@@ -41,11 +79,13 @@ Values = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask's file, what its name calls the finding (maybe nothing), and its number among several."""
+    """A mask's file, what its name calls the finding (maybe nothing), its number among several, and whether the name
+    holds words that were dropped."""
 
     path: Path
     finding: str = ""
     number: int = 0
+    strange: bool = False
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -66,7 +106,8 @@ def meaning(path: Path, rest: str, *, marked: bool = False) -> MaskFile | None:
         return None
     if (marked and not has_mark) or (tokens and not words and not has_mark):
         return None
-    return MaskFile(path, " ".join(words), numbers[0] if numbers else 0)
+    found = [word.lower() for word in words if word.lower() in FINDINGS]
+    return MaskFile(path, " ".join(found), numbers[0] if numbers else 0, len(found) < len(words))
 
 
 def prefixes(stem: str) -> Iterator[tuple[str, str]]:

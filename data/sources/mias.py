@@ -4,7 +4,11 @@
     SRC/Info.txt or README      lines `mdb005 F CIRC B 477 133 30`: film, tissue, finding, severity, x, y, radius
 
 y counts from the bottom; films 2k-1 and 2k are one patient; a film with several findings has several lines; a finding
-without coordinates is spread over the breast. Odd films are right breasts, even ones left; all are MLO.
+without coordinates is spread over the breast. All are MLO.
+
+Odd films are left breasts, even ones right. The archive's README says the opposite; the markers on the films say this,
+on each of the 22 where we could read one: L on 13 odd films, R on 9 even ones. They are mirrored, so the films were
+scanned from behind, which makes a left breast look like a right one.
 """
 
 from __future__ import annotations
@@ -18,12 +22,14 @@ from pathlib import Path
 from ...engine.errors import UserError
 from ..archive import Archive, SourceOptions
 from ..image import UnreadableImage, read_film, stamp
+from ..reading import walk_files
 from ..record import Circle, Film, Record
 
 SIDE = 1024
 SPACING_MM = 0.2
 FILM = re.compile(r"mdb\d{3}\.pgm", re.IGNORECASE)
 LINE = re.compile(r"^(mdb(\d{3}))\s+([FGD])\s+([A-Z]{4})(?:\s+([BM]))?(?:\s+(\d+)\s+(\d+)\s+(\d+))?")
+NOTE = "odd films are left breasts here, as the markers on the films say, and against the archive's README"
 LICENCE = "MIAS licence agreement: research only, not to be passed on"
 
 
@@ -44,14 +50,15 @@ def read(src: Path, options: SourceOptions) -> Archive:
         UserError: no film or no table in the folder, or an option was given (the archive's table is the labels).
     """
     options.only("mias")
-    films = {p.stem.lower(): p for p in sorted(src.rglob("*")) if FILM.fullmatch(p.name)}
+    films = {p.stem.lower(): p for p in walk_files(src) if FILM.fullmatch(p.name)}
     if not films:
         raise UserError(f"{src} holds no mdbNNN.pgm; name the folder of the mini-MIAS films")
     table = read_table(src)
     records = [record(path, table[name]) for name, path in films.items() if name in table]
     unknown = [path.name for name, path in films.items() if name not in table]
-    notes = (f"not in the table and left out: {', '.join(unknown)}",) if unknown else ()
-    return Archive(dataset="mias", licence=LICENCE, records=records, notes=notes)
+    notes = (NOTE, *((f"not in the table and left out: {', '.join(unknown)}",) if unknown else ()))
+    absent = tuple(f"{name}.pgm" for name in table if name not in films)
+    return Archive(dataset="mias", licence=LICENCE, records=records, notes=notes, absent=absent)
 
 
 def read_table(src: Path) -> dict[str, list[Finding]]:
@@ -60,7 +67,7 @@ def read_table(src: Path) -> dict[str, list[Finding]]:
     Raises:
         UserError: no file does.
     """
-    for path in sorted(p for p in src.rglob("*") if p.is_file() and p.suffix.lower() in ("", ".txt")):
+    for path in (p for p in walk_files(src) if p.suffix.lower() in ("", ".txt")):
         table = defaultdict(list)
         for line in path.read_text(errors="replace").splitlines():
             if match := LINE.match(line.strip()):
@@ -91,7 +98,7 @@ def record(path: Path, findings: list[Finding]) -> Record:
         stamp=stamp(path),
         image_id=path.stem.lower(),
         patient_id=f"pair{(number + 1) // 2:03d}",
-        laterality="L" if number % 2 == 0 else "R",
+        laterality="L" if number % 2 else "R",
         view="MLO",
         labels={
             "tissue": findings[0].tissue,

@@ -45,7 +45,7 @@ def read_outlines(path: Path) -> tuple[Polygon, ...]:
 
 def _polygons(content: Any) -> Iterator[Polygon]:
     for image in content["Images"]:
-        for roi in image["ROIs"]:
+        for roi in image.get("ROIs", ()):  # an image without outlines may lack the list, too
             yield Polygon(points=tuple(_point(text) for text in roi["Point_px"]), label=str(roi.get("Name", "")))
 
 

@@ -43,19 +43,20 @@ def read(src: Path, options: SourceOptions) -> Archive:
     options.only("rsna", "labels", "dicom")
     table = find_table("train.csv", src, options.labels, alone=True)
     rows = {row["image_id"]: row for row in read_csv(table, COLUMNS)}
-    counts: Counter[str] = Counter()
-    records = []
+    records, absent = [], []
     for image_id, row in rows.items():
-        path = find_image(src, f"train_images/{row['patient_id']}/{image_id}", (".dcm", ".png"))
+        name = f"train_images/{row['patient_id']}/{image_id}"
+        path = find_image(src, name, (".dcm", ".png"))
         if path is None:
-            counts[ABSENT] += 1
+            absent.append(name)
         else:
             records.append(record(path, row, options))
     if not records:
         raise UserError(
             f"none of the {len(rows)} images of {table} is in {src / 'train_images'}; name the folder above it"
         )
-    return Archive(dataset="rsna", licence=LICENCE, records=records, notes=(*NOTES, *left_out(counts)))
+    notes = (*NOTES, *left_out(+Counter({ABSENT: len(absent)})))
+    return Archive(dataset="rsna", licence=LICENCE, records=records, notes=notes, absent=tuple(absent))
 
 
 def record(path: Path, row: Row, options: SourceOptions) -> Record:

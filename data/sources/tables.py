@@ -21,7 +21,7 @@ from ..reading import read_file
 from ..record import Box, Film
 
 MISSING = {"", "nan", "none", "null", "na", "n/a", "removed"}
-ABSENT = "the table lists them, the folder lacks them"
+ABSENT = "the table lists them, the folder lacks them"  # Archive.absent names them
 DENSITIES = {"1": "A", "2": "B", "3": "C", "4": "D"}
 Row = dict[str, str]
 
@@ -127,11 +127,15 @@ def given(**labels: str | int | None) -> dict[str, str | int]:
 
 
 def find_image(src: Path, name: str, suffixes: Sequence[str]) -> Path | None:
-    """The file below `src` that a table names without its suffix; None where none exists or it lies outside `src`."""
+    """The file below `src` that a table names without its suffix; None where none exists or it lies outside `src`.
+
+    The first suffix wins; each is tried in lower and in upper case.
+    """
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         return None
-    return next((path for path in (src / f"{parts}{suffix}" for suffix in suffixes) if _exists(path)), None)
+    spelt = (spelling for suffix in suffixes for spelling in (suffix, suffix.upper()))
+    return next((path for path in (src / f"{parts}{suffix}" for suffix in spelt) if _exists(path)), None)
 
 
 def _exists(path: Path) -> bool:

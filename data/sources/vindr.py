@@ -58,19 +58,20 @@ def read(src: Path, options: SourceOptions) -> Archive:
     table = find_table(BREASTS, src, options.labels)
     rows = {row["image_id"]: row for row in read_csv(table, BREAST_COLUMNS)}
     findings = read_findings(find_table(FINDINGS, src, options.labels))
-    counts: Counter[str] = Counter()
-    records = []
+    records, absent = [], []
     for image_id, row in rows.items():
-        path = find_image(src, f"images/{row['study_id']}/{image_id}", (".dicom", ".dcm", ".png"))
+        name = f"images/{row['study_id']}/{image_id}"
+        path = find_image(src, name, (".dicom", ".dcm", ".png"))
         if path is None:
-            counts[ABSENT] += 1
+            absent.append(name)
         else:
             records.append(record(path, row, findings.get(image_id, []), options))
     if not records:
         raise UserError(
             f"none of the {len(rows)} images of {table} is in {src / 'images'}; name the folder above images"
         )
-    return Archive(dataset="vindr-mammo", licence=LICENCE, records=records, notes=(NOTE, *left_out(counts)))
+    notes = (NOTE, *left_out(+Counter({ABSENT: len(absent)})))
+    return Archive(dataset="vindr-mammo", licence=LICENCE, records=records, notes=notes, absent=tuple(absent))
 
 
 def read_findings(table: Path) -> dict[str, list[tuple[list[str], Box | None]]]:

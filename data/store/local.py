@@ -15,6 +15,7 @@ from ...engine.errors import UserError
 from .places import (
     CutShort,
     Missing,
+    Outage,
     Place,
     Unreachable,
     around,
@@ -34,6 +35,7 @@ __all__ = [
     "CutShort",
     "LocalStore",
     "Missing",
+    "Outage",
     "Place",
     "RemoteStore",
     "Store",

@@ -34,8 +34,16 @@ class CutShort(UserError):
     """The shard ends before the bytes that were asked for."""
 
 
-class Unreachable(UserError):
+class Outage(UserError):
+    """Nothing is known of the shard, as its server does not give it."""
+
+
+class Unreachable(Outage):
     """The server did not answer, or not with what was asked for, however often it was asked."""
+
+
+class Refused(Outage):
+    """The server answers that it will not."""
 
 
 def missing(shard: str) -> Missing:

@@ -21,10 +21,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...engine.errors import UserError
-from .places import REMOTE, Place, Unreachable, cut_short, display, merge, missing
+from .places import REMOTE, Place, Refused, Unreachable, cut_short, display, merge, missing
 
 IN_FLIGHT = 16
-ATTEMPTS = 4
+ATTEMPTS = 6  # within about half a minute
 FIRST_WAIT = 0.25  # seconds; tripled after each attempt
 TIMEOUTS = {"sock_connect": 15.0, "sock_read": 30.0, "total": 300.0}  # seconds
 
@@ -220,7 +220,7 @@ def verdict(place: Place, reply: Any) -> Any:
     shard, _, size = place
     name = display(shard)
     if isinstance(reply, bytes) and len(reply) > size:
-        return UserError(f"the server of {name} ignores ranges, so each sample would cost a whole shard; use another")
+        return Refused(f"the server of {name} ignores ranges, so each sample would cost a whole shard; use another")
     if isinstance(reply, bytes) and len(reply) < size:
         if not shard.lower().startswith("http"):  # object stores send less at the end of an object alone
             return cut_short(shard)
@@ -230,7 +230,7 @@ def verdict(place: Place, reply: Any) -> Any:
     if isinstance(reply, FileNotFoundError):
         return missing(shard)
     if isinstance(reply, PermissionError) or type(reply).__name__ == "NoCredentialsError":
-        return UserError(f"the server forbids reading {name}; give it credentials, or check the URL")
+        return Refused(f"the server forbids reading {name}; give it credentials, or check the URL")
     if "InvalidRange" in f"{reply} {reply.__cause__}":  # S3's word for 416
         return cut_short(shard)
     status = getattr(reply, "status", None)
@@ -275,9 +275,9 @@ def judge(url: str, start: int, end: int, response: Any) -> int | None:
     if status == 416:
         raise cut_short(url)
     if status in (401, 403):
-        raise UserError(f"the server forbids reading {name} (HTTP {status}); give it credentials, or check the URL")
+        raise Refused(f"the server forbids reading {name} (HTTP {status}); give it credentials, or check the URL")
     if 400 <= status < 500 and status not in (408, 429):
-        raise UserError(f"the server refuses to send {name} (HTTP {status}); check the URL")
+        raise Refused(f"the server refuses to send {name} (HTTP {status}); check the URL")
     response.raise_for_status()
     length = response.content_length
     if status == 200 and start == 0 and length is not None and length <= end:
@@ -286,7 +286,7 @@ def judge(url: str, start: int, end: int, response: Any) -> int | None:
         return length
     part = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
     if status != 206 or not part or int(part[1]) != start or int(part[2]) >= end:
-        raise UserError(f"the server of {name} ignores ranges, so each sample would cost a whole shard; use another")
+        raise Refused(f"the server of {name} ignores ranges, so each sample would cost a whole shard; use another")
     total = None if part[3] == "*" else int(part[3])
     if total is not None and total < end:
         raise cut_short(url)

@@ -597,3 +597,30 @@ def test_chains_of_extended_headers_end(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         look(tmp_path)
     assert time.monotonic() - started < 5
+
+
+def test_an_adopted_set_can_be_packed_and_takes_no_foreign_json_along(tmp_path: Path) -> None:
+    """Tars as `tar -C dir .` writes them, with names and marks in a JSON of their own kind."""
+    from miram.data.derive import derive
+    from miram.data.geometry import Size
+    from miram.data.shards import ShardDataset
+    from miram.data.verify import verify
+
+    meta = json.dumps({"name": "Doe, Jane", "boxes": [[1, 2, 3]], "circles": "round"}).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(6):
+            pixels = np.full((12, 10), 40 * i, np.uint8)
+            for kind, body in (("png", encode_png(pixels)), ("json", meta)):
+                info = tarfile.TarInfo(f"./v1.0/c{i}.{kind}")
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+    for _ in range(2):  # the second time it is there already
+        adopt(str(tmp_path / "a.tar"), tmp_path / "set", labels=(), dataset="x", patient=None, secret=SECRET)
+    assert not list(verify(tmp_path / "set"))
+    derive(tmp_path / "set", tmp_path / "packed", Size(), packed=True, workers=1)
+    first, packed = ShardDataset(tmp_path / "set"), ShardDataset(tmp_path / "packed")
+    assert len(packed) == 6
+    for i in range(6):
+        np.testing.assert_array_equal(first[i].pixels, packed[i].pixels[:])
+        assert "Doe" not in json.dumps(packed[i].meta)
+    assert all(b"Doe" not in path.read_bytes() for path in (tmp_path / "packed").iterdir())

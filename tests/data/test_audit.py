@@ -15,15 +15,18 @@ from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
+from archives import cbis_archive, cmmd_archive
 from dicoms import CANARIES, mammogram, plant, save, write_dicom
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from safetensors.numpy import save_file
 
+from miram.data.archive import Archive
 from miram.data.audit.look import Searched, audit
 from miram.data.audit.search import Values, Windows, archive_values, text_values
 from miram.data.image import encode_png
+from miram.data.ingest import ingest
 from miram.data.packed import encode_npy
 from miram.engine.errors import UserError
 
@@ -161,7 +164,15 @@ SHARDS: dict[str, tuple[str, Change, str]] = {
     "field of geometry": ("json", add_field(("geometry", "device"), 1), r"geometry has a field"),
     "field of facts": ("json", add_field(("facts",), {"station": "x"}), r"facts has a field"),
     "text for circles": ("json", add_field(("circles",), ["x"]), "circles has a field"),
-    "telling label": ("json", add_field(("label_patient_name",), "x"), r"\(json\).*field that no sample has"),
+    "telling label": (
+        "json",
+        add_field(("label_patient_name",), "x"),
+        r"\(json\).*label patient_name looks identifying",
+    ),
+    "label of a case": ("json", add_field(("label_case_id",), "x"), r"\(json\).*label case_id looks identifying"),
+    "label with a name in it": ("json", add_field(("label_case_of_Canary^Jane",), "x"), "label … looks identifying"),
+    "foreign field": ("json", add_field(("Canary",), "x"), "has a field that no sample has"),
+    "label of many parts": ("json", add_field(("label_mass",), ["x"]), "has a field that no sample has"),
     "no JSON": ("json", set_content(b"{"), "is no JSON"),
     "no object": ("json", set_content(b"[]"), "is no object"),
     "deep JSON": ("json", set_content(b"[" * 100_000), "is no JSON"),
@@ -218,7 +229,7 @@ def test_npy_headers(tmp_path: Path) -> None:
     ("old", "new", "expected"),
     [
         ("laterality", "PatientName", "column 15: is no column"),
-        ("label_mass", "label_patient", "is no column"),
+        ("label_mass", "label_case_id", "label case_id looks identifying"),
         (",L,", ",12.03.1948 in 1948-03-12,", "ISO date"),
         (",4095,", ",x4095,", "text where numbers belong"),
         ("key,", '"key,', "is no CSV"),
@@ -375,6 +386,93 @@ def test_findings_name_the_tag_and_not_the_value(tmp_path: Path) -> None:
     assert found(out, source, "joan", "MARY", "joan mary", "QX-77120", "21319 days old") == []
 
 
+def test_tags_that_are_openly_stored_are_searched_for_what_does_not_belong_there(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    code = Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "R-10242", "SRT", "view of Roe Joan"
+    told = {
+        "BodyPartExamined": "SMITH ANNA",
+        "ImageType": ["DERIVED", "PRIMARY", "ANNASMITH"],
+        "Manufacturer": "Clinic Dr Meyer",
+        "ViewPosition": "QUINCY",
+        "PatientOrientation": ["A", "WILMA"],
+        "ViewCodeSequence": [code],
+        "SpecificCharacterSet": "ISO_IR 100",
+    }
+    write_dicom(source / "a.dcm", np.zeros((64, 64), np.uint16), **told)
+    lines = ["smith anna", "annasmith", "clinic dr meyer", "quincy", "wilma", "view of roe joan"]
+    (out / "a.log").write_text("\n".join(lines))
+    tags = ("BodyPartExamined", "ImageType", "Manufacturer", "ViewPosition", "PatientOrientation", "CodeMeaning")
+    said = found(out, source)
+    assert len(said) == len(tags)
+    assert all(
+        f"line {i}: the value of {tag} " in line for i, (tag, line) in enumerate(zip(tags, said, strict=True), 1)
+    )
+
+
+def test_what_tags_and_data_sets_share_is_no_finding(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    spacing = {"ImagerPixelSpacing": ["0.065238095", "0.065238095"], "PixelSpacing": None}
+    public = {"ClinicalTrialProtocolName": "CBIS-DDSM", "Manufacturer": "HOLOGIC", "BodyPartExamined": "BREAST"}
+    write_dicom(source / "a.dcm", np.zeros((64, 64), np.uint16), ViewPosition="XCCL", **spacing, **public)
+    (out / "a.json").write_text(
+        '{"spacing_mm": 0.065238095, "view": "XCCL", "manufacturer": "hologic", "photometric": "MONOCHROME2", "dataset":'
+        ' "cbis-ddsm", "presentation": "FOR PRESENTATION", "a": "primary breast"}'
+    )
+    assert found(out, source) == []
+
+
+def labelled(folder: Path, name: str, labels: list[str]) -> Path:
+    """What a set's manifest and index say, as far as the audit asks for it."""
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"dataset": name, "licence": "mine"}))
+    (folder / "index.csv").write_text("key,label_kind\n" + "".join(f"k-{i},{x}\n" for i, x in enumerate(labels)))
+    return folder
+
+
+def test_the_own_name_and_folders_of_classes_are_counted_and_not_found(tmp_path: Path) -> None:
+    for name in ("Our-Set/oedema", "Our-Set/Papilloma"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+    (tmp_path / "source" / "our-set.csv").write_text("x\n1\n")
+    out = labelled(tmp_path / "out", "our-set", ["oedema", "papilloma"])
+    searched = Searched()
+    assert list(audit(out, tmp_path / "source", searched=searched)) == []
+    assert "names of files and folders not searched for: " in str(searched)
+    assert "2 that are a value of label_kind" in str(searched)
+    assert "2 that are the data set's own name" in str(searched)
+
+
+@pytest.mark.parametrize("name", ["roe-joan", "ROE-JOAN"])
+def test_no_header_value_file_or_odd_column_hides_behind_the_own_name(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_dicom(source / "a.dcm", np.zeros((64, 64), np.uint16), PatientID="Roe-Joan")
+    named = labelled(tmp_path / "named", name, ["x"])
+    assert {"PatientID" in line for line in found(named, source)} == {True}
+    label = labelled(tmp_path / "label", "set", [name])
+    assert {"PatientID" in line for line in found(label, source)} == {True}
+    (source / "a.dcm").rename(source / "roe-joan.dcm")
+    assert found(label, source)
+    for i in range(21):
+        (source / f"quincy-{i:03d}").mkdir()
+    many = labelled(tmp_path / "many", "set", [f"quincy-{i:03d}" for i in range(21)])
+    assert len(found(many, source)) == 21
+
+
+@pytest.mark.parametrize("make", [cbis_archive, cmmd_archive])
+def test_public_archives_pass_with_their_source(make: Callable[[Path], Archive], tmp_path: Path) -> None:
+    archive = make(tmp_path / "source")
+    outcome = ingest(archive, tmp_path / "set", b"sixteen bytes or more", workers=1)
+    assert outcome.samples > 5
+    searched = Searched()
+    assert [str(finding) for finding in audit(tmp_path / "set", tmp_path / "source", searched=searched)] == []
+    assert searched.values > 30
+
+
 def test_names_of_the_archives_files_and_cells_of_its_tables(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     (source / "roe-joan").mkdir(parents=True)
@@ -384,7 +482,7 @@ def test_names_of_the_archives_files_and_cells_of_its_tables(tmp_path: Path) -> 
     (out / "a.log").write_text("roe-joan\nfilm_77\nscan88.png\nMRN-4711\noblique, labels\n")
     said = found(out, source)
     assert [line.partition(":")[0] for line in said] == [f"a.log, line {i}" for i in (1, 2, 3, 4)]
-    assert "name of a file or folder" in said[0]
+    assert ["a folder's name" in said[0], "a file's name" in said[1]] == [True, True]
     assert "column 'Patient Id' of a table" in said[3]
 
 
@@ -430,7 +528,10 @@ def test_names_and_dates_are_looked_for_in_their_parts() -> None:
     assert {"Müller", "Jane", "Müller^Jane", "Jane Müller"} <= set(text_values("PN", "Müller^Jane=ミュラー"))
     assert {"19480211", "1948-02-11"} <= set(text_values("DA", "19480211"))
     assert {"19480211", "19480211101500"} <= set(text_values("DT", "19480211101500"))
-    assert list(text_values("CS", "NORMAL")) == []
+    assert list(text_values("CS", "NORMAL")) == list(text_values("CS", "PRIMARY")) == []
+    assert set(text_values("CS", "SMITH ANNA")) == {"SMITH ANNA"}
+    assert list(text_values("DS", "0.07")) == []
+    assert set(text_values("DS", "SMITH")) == {"SMITH"}
     assert set(text_values("LO", r"one\two")) == {r"one\two", "one", "two"}
     assert set(text_values("LT", "one line\r\nand more")) >= {"one line", "and more"}
 

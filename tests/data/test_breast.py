@@ -77,6 +77,36 @@ class TestFindBreast:
         assert_found(pixels, 255, tissue)
         assert not find_breast(pixels, 255)[far].any()
 
+    @pytest.mark.parametrize("padding", [0, 60])
+    def test_white_edge_on_four_sides(self, side: str, padding: int) -> None:
+        pixels, tissue = film_scan(side)
+        edge = np.ones(tissue.shape, np.bool_)
+        edge[10:-10, 10:-10] = False
+        pixels[edge] = 255
+        label = np.s_[60:120, 520:700] if side == "L" else np.s_[60:120, 60:240]
+        pixels[label] = 235
+        pixels, tissue, edge = (np.pad(part, padding) for part in (pixels, tissue, edge))
+        found = find_breast(pixels, 255)
+        assert_found(pixels, 255, tissue)
+        assert not found[padding:, padding:][label].any()
+        # Where the breast runs into the edge, some of it may stay, and a little beyond.
+        assert (found & edge & ~tissue).sum() < 0.15 * edge.sum()
+
+    def test_black_and_grey_behind_the_breast(self, side: str) -> None:
+        pixels, tissue = film_scan(side)
+        black = (np.arange(HEIGHT) > 450)[:, None] & ~tissue
+        pixels[black] = np.random.default_rng(1).integers(1, 3, int(black.sum()))
+        pixels, tissue = (np.pad(part, ((0, 120), (0, 0)), mode="edge") for part in (pixels, tissue))
+        assert_found(pixels, 255, tissue)
+
+    def test_dark_half_of_a_breast_is_no_second_background(self, side: str) -> None:
+        light, tissue = half_ellipse(side)
+        y = np.arange(HEIGHT)[:, None]
+        faded = 4000 * light * np.where(y > 500, np.clip(1 - (y - 500) / 250, 0.05, 1), 1)
+        pixels = np.where(tissue, np.maximum(faded, 190), 4).astype(np.uint16)
+        pixels[:, ::9] += 1
+        assert find_breast(pixels, 4095)[tissue].mean() > 0.97
+
     def test_dark_gap_inside_is_filled(self, side: str) -> None:
         pixels, _ = digital(side)
         x = 200 if side == "L" else WIDTH - 240
@@ -224,6 +254,12 @@ class TestIsolate:
         pixels = np.zeros((700, 600), np.uint16)
         pixels[::50, ::50] = 4000
         with pytest.raises(ValueError, match=r"covers 0\.0% of the frame"):
+            isolate(Film(pixels=pixels, max_value=4095))
+
+    def test_white_edges_alone_raise(self) -> None:
+        pixels = np.random.default_rng(0).poisson(30, (700, 600)).astype(np.uint16)
+        pixels[:9], pixels[-9:], pixels[:, :9], pixels[:, -9:] = 4000, 4000, 4000, 4000
+        with pytest.raises(ValueError, match="No breast found"):
             isolate(Film(pixels=pixels, max_value=4095))
 
     def test_marker_alone_raises(self) -> None:

@@ -290,6 +290,33 @@ def test_the_notes_count_what_is_missing_and_what_was_joined(archive: Path) -> N
     assert not any("--disjoint" in note for note in read(archive, SourceOptions(disjoint=True)).notes)
 
 
+def test_what_the_tables_list_and_the_disk_lacks_is_named(archive: Path) -> None:
+    assert read(archive, SourceOptions()).absent == ("P_00004_LEFT_MLO", "Calc-Training_P_00006_LEFT_CC_1")
+    squares = read(archive, SourceOptions(level="roi")).absent
+    assert squares == ("Mass-Training_P_00004_LEFT_MLO_1", "Calc-Training_P_00006_LEFT_CC_1")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>Sign in</html>"])
+def test_a_damaged_film_is_no_absent_one(tmp_path: Path, content: bytes) -> None:
+    """A download that failed: it is there, and ingest lists it with its reason."""
+    write_tables(tmp_path)
+    write_files(tmp_path, ROWS[:4])
+    (path,) = (tmp_path / "CBIS-DDSM" / ROWS[0].film).rglob("*.dcm")
+    path.write_bytes(content)
+    told = read(tmp_path, SourceOptions())
+    assert FIRST not in told.absent
+    with pytest.raises(UnreadableImage, match=r"empty|no DICOM file"):
+        film({record.name: record for record in told.records}[FIRST])
+
+
+def test_linked_folders_are_part_of_the_archive(tmp_path: Path) -> None:
+    write_tables(tmp_path / "disk" / "tables")
+    write_files(tmp_path / "disk", ROWS[:1])
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "linked").symlink_to(tmp_path / "disk")
+    assert list(records(tmp_path / "src")) == [FIRST]
+
+
 def test_a_replaced_mask_changes_the_stamp(tmp_path: Path) -> None:
     write_tables(tmp_path)
     write_files(tmp_path, ROWS[:1])

@@ -84,6 +84,7 @@ def test_records_have_pixels_ids_and_no_split(archive: Path) -> None:
     assert len({record.exam_id for record in archived.records}) == 2
     assert (archived.licence, archived.breast) == ("CC BY 4.0", True)
     assert any(note.startswith("1 of the table's 3 patients") for note in archived.notes)
+    assert archived.absent == ("D1-0003",)
     assert any(note.startswith("2 of 8 images have no pathology") for note in archived.notes)
     assert not any("D1-" in note for note in archived.notes)
 

@@ -195,9 +195,39 @@ def test_windows_follow_the_formulas_of_the_standard(
     found = film(CODES, WindowCenter=window[0], WindowWidth=window[1], VOILUTFunction=function)
     formula = {"LINEAR_EXACT": linear_exact, "SIGMOID": sigmoid}.get(function or "", linear)
     with np.errstate(over="ignore"):
-        expected = [formula(float(x), *window, 4095) for x in CODES.ravel()]
+        expected = [formula(float(x), *window, found.max_value) for x in CODES.ravel()]
     assert np.abs(found.pixels.ravel() - np.array(expected)).max() <= 0.5 + 1e-6
-    assert (found.max_value, found.facts["voi"]) == (4095, "window")
+    assert (found.max_value in (4095, 65535), found.facts["voi"]) == (True, "window")
+
+
+@pytest.mark.parametrize(
+    ("bits", "window", "function", "levels", "max_value"),
+    [
+        (10, (2048, 4096), "LINEAR", 1024, 65535),
+        (12, (32768, 65536), "LINEAR", 4096, 65535),
+        (12, (8192, 16384), "LINEAR_EXACT", 4096, 65535),
+        (14, (32767, 65535), "LINEAR", 16384, 65535),
+        (8, (512, 1024), "LINEAR", 256, 65535),
+        (12, (2048, 4096), "LINEAR", 4096, 4095),
+        (12, (1000, 2000), "LINEAR", 2000, 4095),  # narrower than the codes: each in the window has a level
+    ],
+)
+def test_a_wide_window_costs_no_grey_levels(
+    film: Callable[..., Film], bits: int, window: tuple[float, float], function: str, levels: int, max_value: int
+) -> None:
+    codes = np.arange(1 << bits, dtype=np.uint8 if bits == 8 else np.uint16)
+    pixels = np.resize(codes, (max(codes.size, 4096) // 64, 64))
+    tags = {"WindowCenter": window[0], "WindowWidth": window[1], "VOILUTFunction": function}
+    for inverse in (None, "INVERSE"):
+        found = film(pixels, **tags, BitsStored=bits, PresentationLUTShape=inverse)
+        assert (np.unique(found.pixels).size, found.max_value) == (levels, max_value)
+
+
+def test_a_steep_sigmoid_keeps_what_16_bits_can(film: Callable[..., Film]) -> None:
+    found = film(CODES, WindowCenter=2000, WindowWidth=600, VOILUTFunction="SIGMOID")
+    expected = {round(sigmoid(float(x), 2000, 600, 65535)) for x in range(4096)}
+    assert found.max_value == 65535
+    assert np.unique(found.pixels).size == len(expected) > 1281  # the levels that 12 bits keep
 
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
@@ -213,10 +243,10 @@ def test_windows_agree_with_pydicom(
     slope = 1.0 if rescale[0] is None else float(rescale[0])
     for index in (0, 1):
         theirs = apply_voi_lut(apply_modality_lut(header.pixel_array, header), header, index=index)
-        # Theirs spans what the modality's units can be, ours 0 to 4095.
+        # Theirs spans what the modality's units can be, ours 0 to the largest value.
         low = slope * (-2048 if signed else 0) + float(rescale[1] or 0)
-        ours = read_dicom(path, DicomOptions(voi_index=index)).pixels
-        assert np.abs(ours - (theirs - low) / slope).max() <= 0.51
+        ours = read_dicom(path, DicomOptions(voi_index=index))
+        assert np.abs(ours.pixels - (theirs - low) / slope / 4095 * ours.max_value).max() <= 0.51
 
 
 def test_a_falling_rescale_turns_the_window_round(film: Callable[..., Film]) -> None:
@@ -242,7 +272,7 @@ def test_lookup_tables_agree_with_pydicom_in_every_encoding(tmp_path: Path, synt
     path = write_dicom(tmp_path / "a.dcm", CODES.astype(np.int16) - 900, syntax=syntax, VOILUTSequence=tables)
     header = dcmread(path)
     for index in (0, 1, 5):
-        expected = apply_voi_lut(header.pixel_array, header, index=index % 5 if index < 5 else 1)
+        expected = apply_voi_lut(header.pixel_array, header, index=index % 5)  # the first where there are fewer
         np.testing.assert_array_equal(read_dicom(path, DicomOptions(voi_index=index)).pixels, expected)
 
 
@@ -307,6 +337,35 @@ def test_padding_is_darkest_whatever_the_rest(
     padding = (ends[0] <= CODES) & (ends[1] >= CODES)
     assert not found.pixels[padding].any()
     np.testing.assert_array_equal(found.pixels[~padding], film(CODES, **tags).pixels[~padding])
+
+
+@pytest.mark.parametrize(("bits", "top"), [(16, 32767), (13, 4095), (12, 2047)])
+@pytest.mark.parametrize("slope", [None, 2, -0.5])
+def test_signed_pixels_that_are_never_negative_keep_their_integers(
+    film: Callable[..., Film], bits: int, top: int, slope: float | None
+) -> None:
+    """Half of the range is not theirs: black would be grey, and no breast be found in it."""
+    pixels = np.minimum(CODES, top).astype(np.int16)
+    found = film(pixels, BitsStored=bits, RescaleSlope=slope, RescaleIntercept=slope and -7)
+    np.testing.assert_array_equal(found.pixels, top - pixels if slope == -0.5 else pixels)
+    assert found.max_value == top
+    inverted = film(pixels, BitsStored=bits, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape=None)
+    np.testing.assert_array_equal(inverted.pixels, top - pixels)
+    padded = film(pixels, BitsStored=bits, PixelPaddingValue=-5, PixelPaddingRangeLimit=9)
+    np.testing.assert_array_equal(padded.pixels, np.where(pixels <= 9, 0, pixels))
+    negative = pixels.copy()
+    negative[0, 0] = -1
+    below = film(negative, BitsStored=bits)
+    np.testing.assert_array_equal(below.pixels, negative.astype(int) + top + 1)
+    assert below.max_value == 2 * top + 1
+
+
+def test_a_window_on_signed_pixels_does_not_depend_on_their_signs(film: Callable[..., Film]) -> None:
+    pixels = np.minimum(CODES, 2047).astype(np.int16)
+    tags = {"WindowCenter": 500, "WindowWidth": 900}
+    negative = pixels.copy()
+    negative[0, 0] = -1
+    np.testing.assert_array_equal(film(pixels, **tags).pixels[1:], film(negative, **tags).pixels[1:])
 
 
 def test_padding_of_signed_pixels(film: Callable[..., Film]) -> None:
@@ -540,7 +599,12 @@ def test_a_header_without_an_image_is_a_header(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "fact"),
-    [("HOLOGIC, Inc.", "hologic"), ("GE MEDICAL SYSTEMS", "ge"), ("GEHEIM", "other"), ("Dr Doe", "other"), (None, "")],
+    [
+        *(("HOLOGIC, Inc.", "hologic"), ("Lorad, A Hologic Company", "hologic"), ("Dr Doe", "other"), (None, "")),
+        *(("GE MEDICAL SYSTEMS", "ge"), ("GE", "ge"), ("GEMS", "ge"), ("General Electric", "ge"), ("GEHEIM", "other")),
+        *(("MERGE Healthcare", "other"), ("VINTAGE Inc", "other"), ("Image Systems", "other"), ("SIMS Ltd", "other")),
+        *(("FUJIFILM Corporation", "fuji"), ("IMS s.r.l.", "ims"), ("Philips Medical Systems", "philips")),
+    ],
 )
 def test_facts_are_of_closed_lists(film: Callable[..., Film], name: str | None, fact: str) -> None:
     found = film(CODES, Manufacturer=name, PhotometricInterpretation="MONOCHROME1", WindowCenter=9, WindowWidth=9)

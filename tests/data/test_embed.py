@@ -129,7 +129,11 @@ def test_licence_and_notes_carry_clause_5(src: Path) -> None:
     for text in (archive.licence, archive.notes[0]):
         assert "written permission" in text
         assert "clause 5" in text
-    assert archive.notes[1:] == (
+    assert archive.notes[1].startswith("the boxes of 2 images")
+    assert "mirrored back" in archive.notes[1]
+    assert archive.settings == {"boxes": "mirrored back"}
+    assert archive.absent == (path_of(9, 200, 9004),)
+    assert archive.notes[2:] == (
         "2 images have no assessment of their side: they are unlabelled, not negative",
         "1 image left out: they are no 2D mammograms (FinalImageType)",
         "1 image left out: spot compression or magnification",
@@ -172,7 +176,15 @@ def test_boxes_told_for_the_dicom_file_stay_where_they_are(src: Path) -> None:
     assert records(src)[5].read().boxes == (Box(left=67, top=5, right=77, bottom=15),)
 
 
-@pytest.mark.parametrize("cell", ["", "()", "[]", "nan", "[[1, 2, 3]]"])
+@pytest.mark.parametrize(
+    "cell",
+    ["((1,2,3),(10,20,30,40))", "[[10 20 30 40] [1 2]]", "[(10.0, 20, 3e1, 40,)]", "((1,nan,3,4),(10,20,30,40))"],
+)
+def test_a_box_that_is_not_whole_does_not_take_from_the_next(cell: str) -> None:
+    assert embed.parse_boxes(cell) == (Box(left=20, top=10, right=40, bottom=30),)
+
+
+@pytest.mark.parametrize("cell", ["", "()", "[]", "nan", "[[1, 2, 3]]", "[1, 2, 3, 4, 5]"])
 def test_cells_without_a_whole_box(cell: str) -> None:
     assert embed.parse_boxes(cell) == ()
 

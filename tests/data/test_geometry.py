@@ -179,6 +179,15 @@ def test_no_finding_of_a_mask_vanishes() -> None:
     assert np.argwhere(small == 1).tolist() == [[4, 8]]
 
 
+def test_no_finding_gives_way_to_another() -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    for k in range(1, 13):  # crowded: several fall into one pixel of the small mask
+        mask[20 + k % 4, 10 + k // 4] = k
+    small = resize_mask(mask, (8, 8))
+    assert set(np.unique(small)) == set(range(13))
+    assert np.abs(np.argwhere(small > 0) - (4, 2)).max() <= 3
+
+
 @pytest.mark.parametrize(
     ("size", "spacing", "shape"),
     [

@@ -121,6 +121,7 @@ def test_notes_state_the_choice_and_the_losses(src: Path) -> None:
         "1 image left out: the table lists them, the folder lacks them",
         "1 image left out: they are not in the table",
     )
+    assert read(src).absent == ("AllDICOMs/1005",)
 
 
 def test_outlines_become_polygons_and_a_mask_of_classes(src: Path) -> None:
@@ -160,6 +161,13 @@ def test_a_film_without_a_file_of_outlines_has_an_empty_mask(src: Path) -> None:
     assert film.polygons == ()
     assert film.mask is not None
     assert not film.mask.any()
+
+
+def test_an_image_without_a_list_of_outlines_has_none(src: Path) -> None:
+    (src / "AllXML" / "1001.xml").write_bytes(plistlib.dumps({"Images": [{"ImageIndex": 0, "NumberOfROIs": 0}]}))
+    record = records(src)["1001"]
+    assert record.labels["mass"] == 0
+    assert record.read().polygons == ()
 
 
 def test_without_any_outlines_nothing_is_said_of_findings(src: Path) -> None:

@@ -76,6 +76,10 @@ def test_ages_become_decades_capped_at_80(cell: str, decade: str) -> None:
     assert rsna.decade(cell) == decade
 
 
+def test_images_that_are_not_there_are_named(src: Path) -> None:
+    assert read(src).absent == ("train_images/10006/1459541791",)
+
+
 def test_notes_tell_what_to_beware_of(src: Path) -> None:
     notes = " / ".join(read(src).notes)
     for part in ("per breast", "test.csv is not read", "machine", "1 image left out"):

@@ -19,14 +19,15 @@ from PIL import Image
 
 from miram.data.breast import isolate
 from miram.data.image import encode_png
-from miram.data.index import read_index
-from miram.data.layout import Encoded, write_tar
+from miram.data.index import read_index, read_manifest
+from miram.data.layout import MANIFEST, Encoded, write_tar
 from miram.data.phantom import PhantomSettings, records
 from miram.data.shards import ShardDataset
 from miram.data.sources.phantom import make_phantoms
 from miram.data.store.local import OPEN_SHARDS
 from miram.data.verify import verify
 from miram.engine.errors import UserError
+from miram.engine.files import sha256, write_json
 
 Build = Callable[..., Path]
 Images = list[NDArray[np.uint8]]
@@ -307,7 +308,10 @@ def test_reading_what_is_cut_or_missing_names_the_file(copied: Path, damage: Cal
 
 
 def test_an_index_without_its_columns_is_refused(copied: Path) -> None:
+    before = read_manifest(copied)
     (copied / "index.csv").write_text("key,shard\na,shard-000000.tar\n")
+    index = {"samples": 1, "sha256": sha256(copied / "index.csv")}
+    write_json(copied / "manifest.json", MANIFEST, before | {"index": index})
     with pytest.raises(UserError, match="png_offset"):
         read_index(copied)
 

@@ -67,10 +67,16 @@ def test_mias_gives_the_films_that_are_there(mias: dict[str, Record]) -> None:
     assert sorted(mias) == ["mdb001", "mdb002", "mdb003", "mdb004"]
 
 
+def test_mias_names_the_films_that_are_not_there_and_says_how_sides_are_known(mias_files: Path) -> None:
+    archive = read_archive("mias", mias_files)
+    assert archive.absent == ("mdb005.pgm",)
+    assert any("markers" in note and "README" in note for note in archive.notes)
+
+
 def test_mias_films_2k_minus_1_and_2k_are_one_patient(mias: dict[str, Record]) -> None:
     patients = [mias[f"mdb{n:03d}"].patient_id for n in range(1, 5)]
     assert patients[0] == patients[1] != patients[2] == patients[3]
-    assert [mias[f"mdb{n:03d}"].laterality for n in range(1, 5)] == ["R", "L", "R", "L"]
+    assert [mias[f"mdb{n:03d}"].laterality for n in range(1, 5)] == ["L", "R", "L", "R"]
     assert {record.view for record in mias.values()} == {"MLO"}
 
 

@@ -218,15 +218,18 @@ def holed(build: Build) -> ShardDataset:
     return shards
 
 
-def test_what_is_damaged_is_replaced_and_nothing_else_changes(holed: ShardDataset) -> None:
+def test_what_is_damaged_is_replaced_and_nothing_else_changes(
+    holed: ShardDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = skipping(holed)
     asked = [i for t in range(6) for i, _ in given.places(t)]
     seen = [place[0] for place in places(given.batches(0, 0, 1, 8), 6)]
     gone = {20, 30, 31, 32}
     assert all((i == j) == (i not in gone) for i, j in zip(asked, seen, strict=True))
     assert not gone & set(seen)
-    assert len(given.damaged) == len(gone & set(asked))
-    assert any(holed.rows[20]["key"] in reason for reason in given.damaged)
+    assert given.skipped() == len(gone & set(asked))
+    assert given.skipped() == 0
+    assert ("miram: skipped: sample " + holed.rows[20]["key"]) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 2)])

@@ -96,6 +96,10 @@ def test_an_image_is_found_by_its_first_suffix_and_only_below_the_folder(tmp_pat
         path.touch()
     assert find_image(src, "1.2.3", (".dcm", ".png")) == src / "1.2.3.dcm"
     assert find_image(src, "1.2.3", (".dicom", ".png")) == src / "1.2.3.png"
+    (src / "4.DCM").touch()
+    (src / "5.PNG").touch()
+    assert find_image(src, "4", (".dicom", ".dcm")) == src / "4.DCM"
+    assert find_image(src, "5", (".dcm", ".png")) == src / "5.PNG"
     names = ["1.2", "", "../secret", f"{tmp_path}/secret", "a\0b", "x" * 5000, "x/" * 5000]
     assert [find_image(src, name, (".png",)) for name in names] == [None] * len(names)
 

@@ -91,6 +91,7 @@ def test_notes_tell_of_patients_and_missing_images(src: Path) -> None:
     patients, missing = read(src).notes
     assert "study counts as a patient" in patients
     assert missing.startswith("1 image left out")
+    assert read(src).absent == ("images/s2/bb02",)
 
 
 def test_boxes_come_with_the_film_cut_at_its_edge(src: Path) -> None:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import broken
 import pytest
 from broken import archive
 
-from miram.data.derive import derive, merge
+from miram.data.derive import OWN, derive, merge
 from miram.data.geometry import Size
 from miram.data.index import read_manifest
 from miram.data.ingest import ingest, skipped_file
 from miram.data.shards import ShardDataset
 from miram.data.verify import verify
-from miram.data.writer import cut, partial_folder
+from miram.data.writer import cut, identity_of, partial_folder
 from miram.engine.errors import UserError
 
 SECRET = b"sixteen bytes or more"
@@ -104,20 +107,61 @@ def test_what_was_finished_is_not_done_again(
     assert content(tmp_path / "set") == content(undisturbed)
 
 
-def test_a_changed_plan_starts_anew(undisturbed: Path, tmp_path: Path) -> None:
+def test_finished_shards_of_another_plan_are_not_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import miram.data.ingest as module
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(archive(), tmp_path / "set", SECRET, workers=1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="finished shards of an interrupted run"):
+        ingest(archive(), tmp_path / "set", SECRET, workers=1, size=Size(max_size=40))
+    ingest(archive(), tmp_path / "set", SECRET, workers=1)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
+
+
+def test_a_kill_between_the_name_and_the_sweeping_is_survived(undisturbed: Path, tmp_path: Path) -> None:
+    ingest(archive(), tmp_path / "set", SECRET, workers=1)
+    shutil.rmtree(tmp_path / "set")
     partial = partial_folder(tmp_path / "set")
-    (partial / "set").mkdir(parents=True)
-    (partial / "set" / "shard-000000.tar").write_bytes(b"of another plan")
-    (partial / "shard-000000.json").write_text('{"schema": "miram.shard/1", "rows": []}')
+    partial.mkdir()
+    facts = {k: v for k, v in read_manifest(undisturbed).items() if k not in OWN}
+    shards = {str(k): len(items) for k, items in cut(archive().records).items()}
+    plan = {"schema": "miram.plan/1", "identity": identity_of(json.dumps(facts)), "shards": shards}
+    (partial / "plan.json").write_text(json.dumps(plan))
     ingest(archive(), tmp_path / "set", SECRET, workers=1)
     assert content(tmp_path / "set") == content(undisturbed)
+
+
+def test_what_an_option_changes_makes_another_set(tmp_path: Path) -> None:
+    ingest(archive(), tmp_path / "set", SECRET, workers=1)
+    with pytest.raises(UserError, match="of the same images; it differs in preprocessing"):
+        ingest(replace(archive(), quarantine=True), tmp_path / "set", SECRET, workers=1)
+
+
+def test_a_link_to_an_empty_folder_is_written_where_it_leads(undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set").symlink_to(tmp_path / "elsewhere")
+    ingest(archive(), tmp_path / "set", SECRET, workers=1)
+    assert content(tmp_path / "elsewhere") == content(undisturbed)
 
 
 def test_two_at_once_are_kept_apart(tmp_path: Path) -> None:
     from miram.data.writer import locked
 
-    with locked(partial_folder(tmp_path / "set")), pytest.raises(UserError, match="another process"):
+    with locked(tmp_path / "set"), pytest.raises(UserError, match="another process"):
         ingest(archive(), tmp_path / "set", SECRET, workers=1)
+
+
+def test_an_index_that_was_edited_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "set")
+    text = (tmp_path / "set" / "index.csv").read_text()
+    (tmp_path / "set" / "index.csv").write_text(text.replace("train", "test"))
+    with pytest.raises(UserError, match="was changed after it was written"):
+        ShardDataset(tmp_path / "set")
 
 
 @pytest.mark.parametrize("count", [1, 3, 20])

@@ -68,7 +68,9 @@ class Rows(Stream):
     """Global batches cut into micro-batches; `before` may spoil or stop any of them."""
 
     batches_per_epoch = 7
-    damaged = ()
+
+    def skipped(self) -> int:
+        return 0
 
     def __init__(self, before: Callable[[int, int, Batch], None] = lambda *_: None) -> None:
         self.before = before
