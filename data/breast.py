@@ -21,7 +21,7 @@ FAR = 12  # beyond this distance from bright tissue lies background, not the dar
 OPENING = 10  # film edges, labels and letters are thinner than twice this, a breast is not
 REGROWTH = 14  # OPENING times the square root of two: back into the corners of the frame, and the nipple
 SKIN = 1.0  # the darkest skin is kept too
-EDGE = 5  # so far from the frame's border a film's white edge may reach: brightness is measured inside of it
+EDGE = 6  # so far from the frame's border a film's white edge may reach: brightness is measured inside of it
 
 # Brightness is in parts of the image's own bright end, as formats say little about the range in use.
 DARKEST_TISSUE = 0.04  # no breast is darker than this

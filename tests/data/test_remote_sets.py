@@ -108,3 +108,11 @@ def test_a_stage_opens_a_url(server: Server) -> None:
         open_shards(DataSection(shards=f"{server.url}/nosuch"))
     with pytest.raises(UserError, match="no place of data"):
         open_shards(DataSection(shards="pipe:cat /etc/passwd"))
+
+
+def test_a_server_that_refuses_is_no_damage_to_be_skipped(server: Server) -> None:
+    shards = ShardDataset(f"{server.url}/a")
+    for name in {row["shard"] for row in shards.rows}:
+        server.faults[f"/a/{name}"] = ["403"] * 99
+    with pytest.raises(UserError, match="forbids"):
+        next(EpochStream(shards, views(), 8, 0, 0, skip=True).batches(0, 0, 1, 8))
