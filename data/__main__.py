@@ -124,7 +124,7 @@ def ingest_command(
     breast = archive.breast if breast is None else breast
     archive = replace(archive, dataset=name or archive.dataset, breast=breast, quarantine=not burned_in)
     size = Size(spacing_mm=spacing, max_size=max_size)
-    for note in archive.notes:
+    for note in (*archive.notes, *archive.leaks()):
         print(f"miram: {note}", file=sys.stderr)
     report(out, ingest(archive, out, read_secret(key), workers, size=size, part=part))
 
@@ -234,6 +234,7 @@ def split(
     """Divide patients into train, val and test, into folds and label fractions, and write it down."""
     from .divide import describe, make_split, shortages
     from .shards import ShardDataset
+    from .splits import read_split
 
     shards = ShardDataset(folders)
     made = make_split(
@@ -246,6 +247,8 @@ def split(
         fractions=parse_fractions(fractions),
         keep_official=keep_official,
     )
+    if out.exists() and read_split(out) != replace(made, data=shards.population):
+        raise UserError(f"{out} is there already and divides otherwise; name another --out, or remove it")
     made.write(out, shards.population)
     console.print(describe(made, shards.rows))
     for sentence in shortages(made, shards.rows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -56,3 +56,11 @@ class Archive:
     notes: tuple[str, ...] = ()  # what the user should know before trusting it
     absent: Sequence[str] = ()  # images that a table lists and the disk lacks; names for the user's own screen
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the source, kept in the manifest; no ids
+
+    def leaks(self) -> Iterator[str]:
+        """That patients are in more than one of the archive's own splits, if they are."""
+        sides: dict[str, set[str]] = {}
+        for record in self.records:
+            sides.setdefault(record.patient_id, set()).update({record.split} - {""})
+        if count := sum(len(splits) > 1 for splits in sides.values()):
+            yield f"{count} patients are in more than one split: stages refuse that; `miram data split` makes another one"

@@ -24,12 +24,12 @@ from .geometry import Geometry, Size
 from .image import encode_png
 from .index import read_index, read_manifest
 from .ingest import already_written, marks, shrink, skipped_file, write, write_skipped
-from .layout import SAMPLE, Encoded, Moments, Remark, Shard, seal
+from .layout import SAMPLE, Encoded, Moments, Remark, Shard, partial_folder, seal
 from .packed import encode_npy
 from .record import Box, Circle, Film, Polygon
 from .shards import Sample, ShardDataset
 from .table import Row
-from .writer import Outcome, Work, discard, identity_of, locked, partial_folder, publish
+from .writer import Outcome, Work, discard, identity_of, locked, publish
 
 OWN = ("schema", "index", "shards", "pixels", "skipped", "adopted")  # what a manifest says of the files beside it alone
 

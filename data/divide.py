@@ -50,7 +50,9 @@ def make_split(
     # Both are parts of all patients, yet val is taken from those whom test left.
     held_out, strata = _take(strata, val if keep_official else val / (1 - test))
     train = [p for members in strata.values() for p in members]
-    if not train or folds > len(train):
+    if not train:
+        raise UserError("every patient is in test (or val), none is left for training; leave out --keep-official")
+    if folds > len(train):
         raise UserError(f"{len(train)} patients are left for training, too few for {folds} folds; lower --folds")
     return Split(
         data="",

@@ -202,7 +202,9 @@ def summary(rows: Sequence[Row], pairs: Sequence[Pair], threshold: int = THRESHO
 def table(rows: Sequence[Row], pairs: Sequence[Pair], limit: int = 50) -> Table:
     """The nearest pairs, for looking at them."""
     title = f"the nearest {limit} of {len(pairs)} pairs" if len(pairs) > limit else None
-    shown = Table("bits", "across", "image", "split", "image", "split", title=title, title_justify="left")
+    shown = Table("bits", "across", title=title, title_justify="left")
+    for column in ("image", "split") * 2:
+        shown.add_column(column, overflow="fold")
     for pair in pairs[:limit]:
         a, b = rows[pair.first], rows[pair.second]
         shown.add_row(str(pair.distance), pair.across, a["key"], a["split"] or "-", b["key"], b["split"] or "-")

@@ -19,6 +19,7 @@ from .shards import Sample, ShardDataset
 from .table import Row
 
 MARK, MASK = "#e8a33d", "#4fb3d9"
+DARK = 0.25  # of the range: an image that stays below is shown brighter than it is, and marked
 CELL = 4.5  # square inches of a picture
 LONGEST = 500  # pixels of a picture's longest side on the sheet
 
@@ -31,7 +32,7 @@ def contact_sheet(shards: ShardDataset, out: Path, count: int, columns: int = 8,
     tall = np.median([int(shards.rows[int(i)]["height"]) / int(shards.rows[int(i)]["width"]) for i in chosen])
     width = float(np.clip(np.sqrt(CELL / tall), 1.2, 3.5))
     titles = [caption(shards.rows[int(i)], round(15 * width)) for i in chosen]
-    lines = max(title.count("\n") + 1 for title in titles)
+    lines = max(title.count("\n") + 2 for title in titles)
     figure = Figure(figsize=(width * columns, (width * tall + 0.13 * lines + 0.1) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -59,7 +60,10 @@ def draw(axis: Axes, sample: Sample, title: str) -> None:
     factor = max(1.0, max(height, width) / LONGEST)
     small = area_resize(pixels, (max(1, round(height / factor)), max(1, round(width / factor))))
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axis.imshow(small, cmap="gray", vmin=0, vmax=max(1, int(np.percentile(small, 99.8))), extent=extent)
+    brightest = max(1, int(np.percentile(small, 99.8)))
+    axis.imshow(small, cmap="gray", vmin=0, vmax=brightest, extent=extent)
+    if DARK * sample.max_value > brightest:  # wrong bits or a wrong window would not show in a stretched picture
+        title += f"\n{sample.max_value / brightest:.0f} x too dark"
     marks = sample.meta if sample.meta.get("schema") == SAMPLE else {}  # foreign JSON may mean anything by the names
     for circle in marks.get("circles", ()):
         axis.add_patch(Ring((circle["x"], circle["y"]), circle["radius"], fill=False, color=MARK, linewidth=1))

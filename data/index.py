@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, NonNegativeInt
 
 from ..engine.errors import UserError
-from .layout import DESCRIBED, IMAGES, MEMBERS
+from .layout import DESCRIBED, IMAGES, MEMBERS, partial_folder
 from .store.local import check_scheme, is_remote, join, read_text
 from .table import Row, Rows, Table
 
@@ -54,6 +54,8 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     if not is_remote(str(folder)):
         if not Path(folder).is_dir():
             check_scheme(str(folder))
+            if partial_folder(Path(folder).absolute()).exists():
+                raise UserError(f"{folder} is not finished: repeat the command that was writing it, and it goes on")
             raise UserError(
                 f"the data folder {folder} is not there; make one with `miram data phantom` or `miram data ingest`"
             )

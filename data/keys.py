@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def read_secret(path: Path | None = None) -> bytes:
     file = path or default_key_file()
     if path is None and not file.exists():
         make_key_file(file)
+        print(f"miram: made your secret {file}: keep a copy, as other secrets give other ids", file=sys.stderr)
     if not file.is_file():
         raise UserError(f"the key file {file} is not there; make one with at least 16 random bytes, or leave out --key")
     secret = file.read_bytes().strip()

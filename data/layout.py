@@ -110,6 +110,11 @@ class Shard:
         }
 
 
+def partial_folder(out: Path) -> Path:
+    """Where a set is written until it is complete."""
+    return out.with_name(f".{out.name}.miram-partial")
+
+
 def write_tar(path: Path, samples: Iterable[Encoded]) -> tuple[dict[str, Mapping[str, Any]], Moments]:
     """Write samples in the order they come; their rows by key, and their moments. Equal samples give equal bytes."""
     import webdataset  # imported here: readers do without it

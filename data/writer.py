@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar
 from ..engine.errors import RunFailed, UserError
 from ..engine.files import read_json, sync_folder, write_json
 from ..engine.track import Meter
-from .layout import Encoded, Moments, Remark, Shard, finished, seal, write_tar
+from .layout import Encoded, Moments, Remark, Shard, finished, partial_folder, seal, write_tar
 
 Item = TypeVar("Item")
 PLAN, DONE = "miram.plan/1", "miram.shard/1"
@@ -97,11 +97,6 @@ def publish(out: Path) -> None:
 def discard(out: Path) -> None:
     """Remove what was written for a set."""
     shutil.rmtree(partial_folder(out), ignore_errors=True)
-
-
-def partial_folder(out: Path) -> Path:
-    """Where a set is written until it is complete."""
-    return out.with_name(f".{out.name}.miram-partial")
 
 
 @contextmanager

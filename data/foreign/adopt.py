@@ -173,7 +173,7 @@ def _remote_shards(source: str) -> list[str]:
             f"the URL {display(source)} must come without password, query and fragment, as the index would keep them; "
             "give credentials by the environment (~/.netrc, AWS_…)"
         )
-    if not parts.path.strip("/") or source.endswith("/"):
+    if not parts.path.endswith(".tar"):
         raise UserError(f"{source} is a folder and cannot be listed; name its tars by a pattern: a-{{000..012}}.tar")
     return expand(source)
 

@@ -157,6 +157,7 @@ def _names(src: Path, path: Path) -> set[str]:
 
 def with_headers(table: Mapping[Path, Row]) -> tuple[dict[Path, Row], list[str]]:
     """The rows of all images, filled up with what DICOM headers say, and what the user should know of that."""
+    table = {path: without_filler(row) for path, row in table.items()}
     files = [path for path in table if path.suffix.lower() not in SUFFIXES]
     told: dict[Path, Row] = {}
     with Meter("headers", len(files)) if len(files) > MANY else nullcontext() as meter:
@@ -170,7 +171,8 @@ def with_headers(table: Mapping[Path, Row]) -> tuple[dict[Path, Row], list[str]]
     for path in blank:
         del told[path]["patient"]
     notes = [f"{len(blank)} DICOM headers give the same patient for all or a filler such as `anonymous`: not believed"]
-    return {path: fill(row, told.get(path, {})) for path, row in table.items()}, notes if blank else []
+    own = {path: {name: value for name, value in row.items() if value} for path, row in table.items()}
+    return {path: {**told.get(path, {}), **row} for path, row in own.items()}, notes if blank else []
 
 
 def header_row(path: Path) -> Row:
@@ -188,12 +190,10 @@ def header_row(path: Path) -> Row:
     return {name: value for name, value in told.items() if value}
 
 
-def fill(row: Row, told: Row) -> Row:
-    """A row of the table with what it leaves open."""
-    own = {name: value for name, value in row.items() if value}
-    if NOBODY.fullmatch(own.get("patient", "")) and not own["patient"].isdecimal():  # somebody may count from 0
-        del own["patient"]
-    return {**row, **told, **own}
+def without_filler(row: Row) -> Row:
+    """A row of the table whose patient is a word for nobody loses it. Numbers stay: somebody may count from 0."""
+    patient = row.get("patient", "")
+    return row | {"patient": ""} if NOBODY.fullmatch(patient) and not patient.isdecimal() else row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,8 @@ class Refused(Outage):
 
 def missing(shard: str) -> Missing:
     """What to say of a shard that is not there."""
-    return Missing(f"{display(shard)} is not there; run `miram data verify` on its data set")
+    remedy = "check the address" if is_remote(shard) else "run `miram data verify` on its data set"
+    return Missing(f"{display(shard)} is not there; {remedy}")
 
 
 def cut_short(shard: str) -> CutShort:

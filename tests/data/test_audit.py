@@ -420,8 +420,8 @@ def test_what_tags_and_data_sets_share_is_no_finding(tmp_path: Path) -> None:
     public = {"ClinicalTrialProtocolName": "CBIS-DDSM", "Manufacturer": "HOLOGIC", "BodyPartExamined": "BREAST"}
     write_dicom(source / "a.dcm", np.zeros((64, 64), np.uint16), ViewPosition="XCCL", **spacing, **public)
     (out / "a.json").write_text(
-        '{"spacing_mm": 0.065238095, "view": "XCCL", "manufacturer": "hologic", "photometric": "MONOCHROME2", "dataset":'
-        ' "cbis-ddsm", "presentation": "FOR PRESENTATION", "a": "primary breast"}'
+        '{"spacing_mm": 0.065238095, "view": "XCCL", "manufacturer": "hologic", "photometric": "MONOCHROME2",'
+        ' "dataset": "cbis-ddsm", "presentation": "FOR PRESENTATION", "a": "primary breast"}'
     )
     assert found(out, source) == []
 

@@ -23,6 +23,7 @@ from miram.data.shards import ShardDataset
 from miram.data.sources import read_archive
 from miram.data.sources.masks import read_mask
 from miram.engine.errors import UserError
+from miram.engine.track import Meter
 
 SECRET = b"sixteen bytes or more"
 
@@ -57,7 +58,7 @@ def test_a_folder_without_a_table_is_all_its_images_each_a_patient(images: Path)
     assert any("no patient" in note for note in archive.notes)
 
 
-@pytest.mark.parametrize("name", ["one/b.png", "one/b", "b.png", "b"])
+@pytest.mark.parametrize("name", ["one/b.png", "one/b", "b.png", "b", "one\\b.png"])
 def test_a_row_names_its_image_by_path_or_name_with_or_without_suffix(images: Path, name: str) -> None:
     archive = table(images, f"file,patient\n{name},p\n")
     assert [record.name for record in archive.records] == ["one/b.png"]
@@ -79,6 +80,8 @@ def test_a_byte_order_mark_is_no_part_of_the_header(images: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
+        ("file,view\nb,SMITH\n", r"one/b\.png a `view`"),
+        ('file,split\nb,"Smith, Anna"\n', r"one/b\.png a `split`"),
         ("file\na.png\n", r"several images"),
         ("file\na\n", r"several images"),
         ("file\nc.png\n", r"'c\.png'.*no image"),
@@ -508,12 +511,20 @@ def test_words_of_their_own_name_findings(tmp_path: Path) -> None:
     assert any("benign (1), malignant (1)" in note for note in archive.notes)
 
 
-def test_names_of_masks_that_may_name_patients_are_refused(tmp_path: Path) -> None:
-    for i in range(25):
-        put(tmp_path / "src" / f"{i}.png", BLACK)
-        put(tmp_path / "masks" / f"{i}_{'abcdefghijklmnopqrstuvwxyz'[i]}son.png", BLACK)
-    with pytest.raises(UserError, match="25 different words"):
-        masked(tmp_path / "src", tmp_path / "masks")
+def test_words_that_are_no_findings_are_dropped_and_their_masks_kept(tmp_path: Path) -> None:
+    for name in ("f0", "f1", "f2"):
+        put(tmp_path / "src" / f"{name}.png", BLACK)
+    for name in ("f0_SMITH", "f1_Malignant_Anna", "f2_Architectural-Distortion"):
+        put(tmp_path / "masks" / f"{name}.png", 255 * ONE.astype(np.uint8))
+    archive = masked(tmp_path / "src", tmp_path / "masks")
+    assert [dict(record.labels) for record in archive.records] == [
+        {},
+        {"finding": "malignant"},
+        {"finding": "architectural distortion"},
+    ]
+    assert all(film.mask is not None and film.mask.any() for film in films(archive).values())
+    assert any(note.startswith("the names of 2 masks hold words that are no known findings") for note in archive.notes)
+    assert not any(word in " ".join(archive.notes).lower() for word in ("smith", "anna"))
 
 
 def test_masks_that_fit_nothing_or_are_not_there_are_refused(tmp_path: Path) -> None:
@@ -735,7 +746,8 @@ def test_their_own_tables_are_refused_for_the_names_they_repeat(tmp_path: Path, 
     text = (REAL / name / "labels.csv").read_text()
     for header, complaint in (
         (text, "call 'image' so"),
-        (text.replace(",image,", ",file,", 1), "'image_id'.*names of the"),
+        (text.replace(",image,", ",file,", 1), "'image_id'"),
+        (text.replace(",image,", ",file,", 1).replace("image_id", "origin", 1), "'origin'.*names of the"),
     ):
         (tmp_path / "l.csv").write_text(header)
         with pytest.raises(UserError, match=complaint):
@@ -756,3 +768,48 @@ def test_what_the_table_leaves_open_is_taken_from_dicom_headers(tmp_path: Path) 
     (tmp_path / "labels.csv").write_text("file,patient,view\n0.dcm,mine,MLO\n1.dcm,,\n")
     named = read_archive("folder", tmp_path, SourceOptions(labels=tmp_path / "labels.csv"))
     assert [(r.patient_id, r.laterality, r.view) for r in named.records] == [("mine", "L", "MLO"), ("A", "R", "CC")]
+
+
+def dicoms(folder: Path, patients: list[str]) -> Path:
+    """A folder with a film of each of these patients, in that order."""
+    folder.mkdir()
+    for i, patient in enumerate(patients):
+        write_dicom(folder / f"{i}.dcm", np.full((64, 64), i, np.uint16), PatientID=patient)
+    return folder
+
+
+@pytest.mark.parametrize("filler", ["anonymous", "ANON", "Anonymized", "removed", "unknown", "0", "None", "xxx", "N/A"])
+def test_what_anonymisers_fill_in_is_no_patient(tmp_path: Path, filler: str) -> None:
+    archive = read_archive("folder", dicoms(tmp_path / "src", [filler, filler, "A7", "A7"]))
+    patients = [record.patient_id for record in archive.records]
+    assert (len(set(patients)), patients[2:]) == (3, ["A7", "A7"])
+    assert any(note.startswith("2 DICOM headers give") for note in archive.notes)
+    assert any(note.startswith("2 images have no patient") for note in archive.notes)
+
+
+@pytest.mark.parametrize(("count", "patients"), [(4, 1), (5, 5)])
+def test_one_patient_for_more_images_than_an_exam_has_is_nobody(tmp_path: Path, count: int, patients: int) -> None:
+    src = dicoms(tmp_path / "src", ["DDSM-7"] * count)
+    archive = read_archive("folder", src)
+    assert len({record.patient_id for record in archive.records}) == patients
+    assert any(note.startswith("5 DICOM headers give") for note in archive.notes) is (count == 5)
+    (tmp_path / "l.csv").write_text("file,patient\n" + "".join(f"{i},me\n" for i in range(count)))
+    told = read_archive("folder", src, SourceOptions(labels=tmp_path / "l.csv"))
+    assert ({record.patient_id for record in told.records}, told.notes) == ({"me"}, ())
+
+
+def test_a_table_may_count_patients_from_0_and_leave_some_unknown(images: Path) -> None:
+    archive = table(images, "file,patient\none/a,0\nb,0\ntwo/a,unknown\n")
+    assert [record.patient_id for record in archive.records] == ["0", "0", "file:two/a.png"]
+
+
+def test_reading_many_headers_shows_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = dicoms(tmp_path / "src", ["A", "B", "C"])
+    monkeypatch.setattr(Meter, "EVERY", 0.0)
+    read_archive("folder", src)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("miram.data.sources.folder.MANY", 2)
+    read_archive("folder", src)
+    assert "headers: 3/3" in capsys.readouterr().err

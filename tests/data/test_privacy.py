@@ -36,6 +36,7 @@ class Planted:
     """An archive, its label files, and what must not come out of it."""
 
     source: Path
+    masks: Path
     labels: dict[str, Path]  # of all files, and of the first few
     values: set[str]  # of headers and of the table: nowhere
     names: set[str]  # of files and folders: not in the data set
@@ -83,6 +84,12 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             if number == CUT:
                 path.write_bytes(path.read_bytes()[:-2000])
             names |= {path.stem, path.parent.name}
+            if number % 3 == 0:
+                word = f"Thessaly{number:04d}"  # a patient's name where a finding may stand
+                mask = base / "masks" / f"lobato_{number:04d}_{word}{'_benign' if number % 2 else ''}.png"
+                mask.parent.mkdir(exist_ok=True)
+                Image.fromarray(255 * (film(number) > 3000).astype(np.uint8)).save(mask)
+                names |= {mask.stem, word}
             rows.append([path.relative_to(base / "source").as_posix(), own["PatientID"], number % 3])
     rows.sort()
     labels = {"breast": base / "all.csv", "no-breast": base / "few.csv"}
@@ -91,7 +98,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             csv.writer(file).writerows([["file", "patient", "birads"], *rows[:count]])
     sought = {value for value in values if len(value) >= SOUGHT_FROM}
     assert len(sought) > 1000
-    return Planted(base / "source", labels, sought, names)
+    return Planted(base / "source", base / "masks", labels, sought, names)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,8 @@ def ingested(
 ) -> Ingested:
     base = tmp_path_factory.mktemp(request.param)
     (base / "key").write_text("0123456789abcdef")
-    options = ("--labels", planted.labels[request.param], "--key", base / "key", "--workers", 2, f"--{request.param}")
+    options = ("--labels", planted.labels[request.param], "--masks", planted.masks, f"--{request.param}")
+    options = (*options, "--key", base / "key", "--workers", 2)
     done = miram("data", "ingest", "folder", planted.source, base / "set", *options)
     assert done.returncode == 0, done.stderr
     return Ingested(base / "set", FILES if request.param == "breast" else FEW, done)
@@ -155,6 +163,12 @@ def test_all_but_two_were_read(planted: Planted, ingested: Ingested) -> None:
     assert len(set(shards.rows.column("patient"))) == ingested.files // 4
 
 
+def test_known_words_of_masks_became_labels(ingested: Ingested) -> None:
+    shards = ShardDataset(ingested.folder)
+    assert {*shards.rows.column("label_finding")} == {"", "benign"}
+    assert sum(shards[i].mask is not None for i in range(8)) > 1
+
+
 def test_no_canary_comes_out(planted: Planted, ingested: Ingested) -> None:
     everything = b"\0".join(contents(ingested.folder))
     assert len(everything) > 1_000_000
@@ -177,13 +191,59 @@ def test_the_audit_agrees(planted: Planted, ingested: Ingested) -> None:
     assert searched.values > 1000
 
 
+# ---------------------------------------------------------------------------------------------- in the user's table
+
+ODD = (
+    "subject_id",
+    "case",
+    "chart no",
+    "referring physician",
+    "last",
+    "tel",
+    "folder",
+    "hospital",
+    "exam date",
+    "origin",
+)
+
+
+@pytest.mark.parametrize("column", [*ODD, "view", "split"])
+def test_a_table_with_canaries_is_refused_without_a_word_of_them(
+    column: str, planted: Planted, tmp_path: Path, say: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Two images of a patient repeat its name, so that it differs from row to row no more than a label does."""
+    canary = [f"Wilhelmina Quincy{number // 8:03d}" for number in range(FILES)]
+    with planted.labels["breast"].open() as file:
+        rows = list(csv.DictReader(file))
+    labels = tmp_path / "l.csv"
+    with labels.open("w", newline="") as file:
+        csv.writer(file).writerows([["file", column], *([row["file"], canary[i]] for i, row in enumerate(rows))])
+    code, out, err = say("data", "ingest", "folder", planted.source, tmp_path / "set", "--labels", labels)
+    assert (code, out) == (2, "")
+    assert column in err
+    assert "Wilhelmina" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l.csv"]
+
+
+def test_a_split_or_label_that_is_a_folders_name_is_said_by_the_audit(
+    planted: Planted, ingested: Ingested, tmp_path: Path
+) -> None:
+    """Class folders are called like their labels; folders of patients would be, too, and the user is told how many."""
+    index = shutil.copytree(ingested.folder, tmp_path / "set") / "index.csv"
+    text = index.read_text()
+    index.write_text(text.replace(",MLO,", ",wilma-quincy-001,", 1))
+    searched = Searched()
+    assert list(audit(index.parent, planted.source, searched=searched)) == []
+    assert "1 that is a value of view" in str(searched)
+
+
 # ---------------------------------------------------------------------------------------------- planted afterwards
 
 HIDDEN = "Quincy001^Wilhelmina"
 
 
 def into_json(folder: Path) -> None:
-    in_shard(folder, ".json", lambda info, content: content.replace(b'"view": "', b'"view": "' + HIDDEN.encode()))
+    in_shard(folder, "json", lambda info, content: content.replace(b'"view": "', b'"view": "' + HIDDEN.encode()))
 
 
 def into_png(folder: Path) -> None:
@@ -193,7 +253,7 @@ def into_png(folder: Path) -> None:
         Image.open(io.BytesIO(content)).save(buffer, "png", pnginfo=text)
         return buffer.getvalue()
 
-    in_shard(folder, ".png", change)
+    in_shard(folder, "png", change)
 
 
 def into_compressed_text(folder: Path) -> None:
@@ -203,7 +263,7 @@ def into_compressed_text(folder: Path) -> None:
         Image.open(io.BytesIO(content)).save(buffer, "png", pnginfo=text)
         return buffer.getvalue()
 
-    in_shard(folder, ".png", change)
+    in_shard(folder, "png", change)
 
 
 def into_pixels(folder: Path) -> None:
@@ -213,7 +273,7 @@ def into_pixels(folder: Path) -> None:
         Image.fromarray(pixels).save(buffer, "png")
         return buffer.getvalue()
 
-    in_shard(folder, ".png", change)
+    in_shard(folder, "png", change)
 
 
 def into_tar_header(folder: Path) -> None:
@@ -221,7 +281,7 @@ def into_tar_header(folder: Path) -> None:
         info.uname = HIDDEN
         return content
 
-    in_shard(folder, ".json", change)
+    in_shard(folder, "json", change)
 
 
 def into_index(folder: Path) -> None:
@@ -242,12 +302,12 @@ def into_file_name(folder: Path) -> None:
     (folder / f"{HIDDEN}.txt").write_text("")
 
 
-def in_shard(folder: Path, suffix: str, change: Callable[[tarfile.TarInfo, bytes], bytes]) -> None:
-    """Change the first member with a suffix, and write the shard anew."""
+def in_shard(folder: Path, kind: str, change: Callable[[tarfile.TarInfo, bytes], bytes]) -> None:
+    """Change the first member of a kind, and write the shard anew."""
     shard = folder / "shard-000000.tar"
     with tarfile.open(shard) as tar:
         members = [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
-    first = next(i for i, (info, _) in enumerate(members) if info.name.endswith(suffix))
+    first = next(i for i, (info, _) in enumerate(members) if info.name.partition(".")[2] == kind)
     members[first] = (members[first][0], change(*members[first]))
     with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
         for info, content in members:

@@ -21,9 +21,10 @@ from miram.data.derive import OWN, derive, merge
 from miram.data.geometry import Size
 from miram.data.index import read_manifest
 from miram.data.ingest import ingest, skipped_file
+from miram.data.layout import partial_folder
 from miram.data.shards import ShardDataset
 from miram.data.verify import verify
-from miram.data.writer import cut, identity_of, partial_folder
+from miram.data.writer import cut, identity_of
 from miram.engine.errors import UserError
 
 SECRET = b"sixteen bytes or more"
