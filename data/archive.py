@@ -63,4 +63,4 @@ class Archive:
         for record in self.records:
             sides.setdefault(record.patient_id, set()).update({record.split} - {""})
         if count := sum(len(splits) > 1 for splits in sides.values()):
-            yield f"{count} patients are in more than one split: stages refuse that; `miram data split` makes another one"
+            yield f"{count} patients are in more than one split, which stages refuse: see `miram data split`"

@@ -150,7 +150,7 @@ def record(src: Path, path: Path, row: Row, exam: list[Row], options: SourceOpti
     return Record(
         read=partial(read_image, path, options.dicom, boxes, chest_wall_left=mirrored),
         name=name,
-        stamp=stamp(path),
+        stamp=f"{stamp(path)} {boxes}",  # a corrected table makes another set
         image_id=name.rsplit(".", 1)[0].removeprefix("images/"),
         patient_id=row["empi_anon"],
         exam_id=row["acc_anon"],

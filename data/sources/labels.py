@@ -144,11 +144,11 @@ def telling(column: str, rows: Sequence[Row]) -> Iterator[str]:
         yield from (f"holds {what}" for what in told_by(value))
         if AGE.search(column) and (years := YEARS.fullmatch(value)) and int(years[1]) > OLDEST:
             yield f"holds ages above {OLDEST}, which identify (write decades, such as 70-79 and 80+)"
+    if column not in KNOWN and len(values) >= 3:
+        yield from repeating(column, given)
     texts = values if column == "split" else {value for value in values if is_code(value)}
     if len(texts) > max(CLASSES, SHARE * len(given)):
         yield f"has {len(texts)} different texts, more than a label's classes"
-    if column not in KNOWN and len(values) >= 3:
-        yield from repeating(column, given)
 
 
 def repeating(column: str, given: Sequence[Row]) -> Iterator[str]:

@@ -95,7 +95,7 @@ def record(path: Path, findings: list[Finding]) -> Record:
     return Record(
         read=partial(read_with_circles, path, circles),
         name=path.name,
-        stamp=stamp(path),
+        stamp=f"{stamp(path)} {circles}",  # a corrected table makes another set
         image_id=path.stem.lower(),
         patient_id=f"pair{(number + 1) // 2:03d}",
         laterality="L" if number % 2 else "R",

@@ -120,7 +120,7 @@ def record(path: Path, row: Row, findings: list[tuple[list[str], Box | None]], o
     return Record(
         read=partial(read_with_boxes, path, options.dicom, boxes, size),
         name=f"images/{row['study_id']}/{path.name}",
-        stamp=stamp(path),
+        stamp=f"{stamp(path)} {boxes}",  # a corrected table makes another set
         image_id=row["image_id"],
         patient_id=row["study_id"],
         exam_id=row["study_id"],

@@ -747,7 +747,10 @@ def test_their_own_tables_are_refused_for_the_names_they_repeat(tmp_path: Path, 
     for header, complaint in (
         (text, "call 'image' so"),
         (text.replace(",image,", ",file,", 1), "'image_id'"),
-        (text.replace(",image,", ",file,", 1).replace("image_id", "origin", 1), "'origin'.*names of the"),
+        (
+            text.replace(",image,", ",file,", 1).replace("image_id", "origin", 1).replace("ddsm_case", "patient", 1),
+            "'origin'.*names of the",
+        ),
     ):
         (tmp_path / "l.csv").write_text(header)
         with pytest.raises(UserError, match=complaint):

@@ -96,7 +96,8 @@ def test_a_column_that_is_called_like_a_label_is_taken(tmp_path: Path, column: s
     [
         (lambda i: f"S{i // 2}", "200 different texts"),
         (lambda i: f"Smith{i % 41}", "41 different texts"),
-        (lambda i: f"7340{i // 2:03d}", "200 different texts"),
+        (lambda i: f"7340{i // 2:03d}", "numbers the patients"),
+        (lambda i: f"7340{i % 50:03d}", "50 different texts"),
         (mrn, "numbers the patients"),
         (lambda i: "Dr Anna Schmidt" if i else "Prof. Meyer", "a name with a title"),
         (lambda i: "seen by Mrs Smith", "a name with a title"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -203,3 +204,12 @@ def test_a_file_is_no_archive(tmp_path: Path) -> None:
 def test_an_option_that_a_source_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mias knows no --masks"):
         read_archive("mias", tmp_path, SourceOptions(masks=tmp_path))
+
+
+def test_a_corrected_circle_makes_another_set(mias_files: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(mias_files, tmp_path / "films", copy_function=shutil.copy2)
+    ingest(read_archive("mias", folder), tmp_path / "set", SECRET)
+    (folder / "Info.txt").write_text(TABLE.replace(" 40", " 41", 1))
+    assert TABLE.replace(" 40", " 41", 1) != TABLE
+    with pytest.raises(UserError, match="another data set"):
+        ingest(read_archive("mias", folder), tmp_path / "set", SECRET)
