@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 from ...engine.errors import UserError, did_you_mean
 from ...engine.files import sha256, write_json
 from ...engine.track import progress_bar
+from ..identifying import identifies
 from ..image import decode_image
 from ..index import read_index
 from ..layout import IMAGES, MANIFEST, Moments, columns, write_index
@@ -108,6 +109,10 @@ def survey(
     Raises:
         UserError: there is no tar, a tar is damaged or not WebDataset, no sample has an image, a field is not there.
     """
+    if telling := [label for label in labels if identifies(label)]:
+        raise UserError(
+            f"--label {telling[0]} looks as if it names a patient, and labels are stored in the clear: leave it out"
+        )
     shards = shards_of(source)
     name = dataset or name_of(source)
     wanted = Wanted(dataset=name, labels=tuple(labels), patient=patient, secret=secret)

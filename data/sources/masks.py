@@ -32,42 +32,13 @@ from ..record import Film, MaskKind, Pixels
 
 WORDS = {"mask", "masks", "seg", "segmentation", "label", "labels", "lesion", "li", "roi", "annotation", "annotations"}
 WORDS |= {"gt", "groundtruth", "ground", "truth"}
-FINDINGS = {
-    "benign",
-    "malignant",
-    "normal",
-    "abnormal",
-    "suspicious",
-    "cancer",
-    "mass",
-    "masses",
-    "cluster",
-    "distortion",
-}
-FINDINGS |= {
-    "asymmetry",
-    "calc",
-    "calcs",
-    "calcification",
-    "calcifications",
-    "microcalcification",
-    "microcalcifications",
-}
-FINDINGS |= {"tumour", "tumor", "cyst", "nodule", "fibroadenoma", "carcinoma", "dcis", "idc", "ilc", "architectural"}
-FINDINGS |= {
-    "spiculated",
-    "focal",
-    "global",
-    "breast",
-    "pectoral",
-    "muscle",
-    "nipple",
-    "skin",
-    "fat",
-    "gland",
-    "vessel",
-}
-FINDINGS |= {"lymph", "node", "implant", "scar", "optic", "disc", "cup", "haemorrhage", "hemorrhage", "exudate"}
+_FINDINGS = """
+benign malignant normal abnormal suspicious cancer carcinoma dcis idc ilc tumour tumor mass masses cyst nodule
+calc calcs calcification calcifications microcalcification microcalcifications cluster architectural distortion
+fibroadenoma asymmetry focal global spiculated lymph node implant scar breast pectoral muscle nipple skin fat
+gland vessel optic disc cup haemorrhage hemorrhage exudate
+"""
+FINDINGS = set(_FINDINGS.split())
 IMAGE_WORDS = {"image", "img", "orig", "original"}  # film7_image.png has the mask film7_mask.png
 VIEWS = {"l", "r", "left", "right", "cc", "mlo", "ml", "lm", "lat"}  # such a word makes it the name of another image
 SEPARATOR = r"[\s_.()-]"
@@ -79,13 +50,12 @@ Values = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask's file, what its name calls the finding (maybe nothing), its number among several, and whether the name
-    holds words that were dropped."""
+    """A mask's file, what its name calls the finding (maybe nothing), and its number among several."""
 
     path: Path
     finding: str = ""
     number: int = 0
-    strange: bool = False
+    strange: bool = False  # its name holds other words, which were dropped
 
 
 # ---------------------------------------------------------------------------------------------- names

@@ -624,3 +624,8 @@ def test_an_adopted_set_can_be_packed_and_takes_no_foreign_json_along(tmp_path: 
         np.testing.assert_array_equal(first[i].pixels, packed[i].pixels[:])
         assert "Doe" not in json.dumps(packed[i].meta)
     assert all(b"Doe" not in path.read_bytes() for path in (tmp_path / "packed").iterdir())
+
+
+def test_a_label_that_may_name_a_patient_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="case_id"):
+        adopt(str(tmp_path), tmp_path / "set", labels=("case_id",), dataset="x", patient=None, secret=SECRET)
