@@ -11,7 +11,6 @@ restart, and of the parts of an array job.
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import shutil
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..engine.errors import RunFailed, UserError
+from ..engine.files import locked as file_lock
 from ..engine.files import read_json, sync_folder, write_json
 from ..engine.track import Meter
 from .layout import Encoded, Moments, Remark, Shard, finished, partial_folder, seal, write_tar
@@ -110,11 +110,8 @@ def locked(out: Path) -> Iterator[None]:
         raise UserError(f"{out} is a mount point, which a finished set cannot take the place of; name a folder in it")
     partial = partial_folder(out)
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is writing {partial}; wait for it or name another folder") from error
+    said = f"another process is writing {partial}; wait for it or name another folder"
+    with file_lock(partial / ".lock", said):
         try:
             yield
         finally:

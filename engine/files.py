@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import UserError
 
@@ -62,3 +64,35 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_held: set[TextIO] = set()
+
+
+def _let_go() -> None:
+    """In a forked child: a worker that outlives its parent must not hold its lock."""
+    for lock in _held:
+        lock.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def locked(path: Path, said: str) -> Iterator[None]:
+    """Keep other processes out; the system lets go of the lock however this one ends.
+
+    Raises:
+        UserError: another process holds it; `said` is the sentence.
+    """
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(said) from error
+        _held.add(lock)
+        try:
+            yield
+        finally:
+            _held.discard(lock)

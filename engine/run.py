@@ -12,7 +12,6 @@ RUN/report.html
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 from .config import Section, dump_yaml, parse_yaml
 from .errors import Preempted, UserError, one_line
-from .files import read_json, write_atomic, write_json
+from .files import locked, read_json, write_atomic, write_json
 
 STATE = "miram.state/1"
 RESULT = "miram.result/1"
@@ -66,13 +65,8 @@ class Run:
         if not writes:
             yield
             return
-        with (self.folder / ".lock").open("w") as lock:  # the system lets go of it however the process ends
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is at work in {self.folder}; wait for it or choose another --out"
-                ) from error
+        said = f"another process is at work in {self.folder}; wait for it or choose another --out"
+        with locked(self.folder / ".lock", said):
             yield from self._record()
 
     def _record(self) -> Iterator[None]:

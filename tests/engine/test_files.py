@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miram.engine.errors import UserError
-from miram.engine.files import read_json, sha256, write_atomic, write_json
+from miram.engine.files import locked, read_json, sha256, write_atomic, write_json
 
 
 @pytest.mark.parametrize(("content", "stored"), [("düster\n", "düster\n".encode()), (b"\0\xff\r\n", b"\0\xff\r\n")])
@@ -98,3 +101,36 @@ def test_sha256_is_of_the_bytes(content: bytes, tmp_path_factory: pytest.TempPat
     path = tmp_path_factory.getbasetemp() / "digested"
     path.write_bytes(content)
     assert sha256(path) == hashlib.sha256(content).hexdigest()
+
+
+FORK = """
+import os, sys, time
+from pathlib import Path
+from miram.engine.files import locked
+with locked(Path(sys.argv[1]), "taken"):
+    if os.fork():
+        os.kill(os.getpid(), 9)
+    time.sleep(60)
+"""
+
+
+def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -> None:
+    """As the workers of a killed training do, for seconds."""
+    process = subprocess.Popen([sys.executable, "-c", FORK, tmp_path / "lock"], start_new_session=True)
+    try:
+        assert process.wait() == -signal.SIGKILL
+        with locked(tmp_path / "lock", "taken"):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_lock_keeps_others_out_and_is_let_go(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "lock", "taken"),
+        pytest.raises(UserError, match="taken"),
+        locked(tmp_path / "lock", "taken"),
+    ):
+        pass
+    with locked(tmp_path / "lock", "taken"):
+        pass
