@@ -107,9 +107,12 @@ FORK = """
 import os, sys, time
 from pathlib import Path
 from miram.engine.files import locked
+there, here = os.pipe()
 with locked(Path(sys.argv[1]), "taken"):
     if os.fork():
+        os.read(there, 1)
         os.kill(os.getpid(), 9)
+    os.write(here, b"I run")
     time.sleep(60)
 """
 
