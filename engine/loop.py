@@ -95,15 +95,35 @@ class Objective(nn.Module):
         """(S,) how much each loss of this batch counts: its number of patches, images or whatever it sums over."""
         raise NotImplementedError
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called once before the step's first forward: for what changes from step to step without being learnt."""
+
+
+class Monitor(Protocol):
+    """Looks at a training now and then, on the main process alone, and changes nothing of it."""
+
+    every: int | None  # steps between looks; None: only at the end
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Look, and return what belongs into the line of metrics."""
+        ...
+
 
 class Trainer:
     """One training, from wherever its run folder has got to."""
 
     def __init__(
-        self, run: Run, objective: Objective, stream: Stream, section: TrainSection, seed: int, accelerator: Accelerator
+        self,
+        run: Run,
+        objective: Objective,
+        stream: Stream,
+        section: TrainSection,
+        seed: int,
+        accelerator: Accelerator,
+        monitor: Monitor | None = None,
     ):
         self.run, self.objective, self.stream, self.section, self.seed = run, objective, stream, section, seed
-        self.accelerator = accelerator
+        self.accelerator, self.monitor = accelerator, monitor
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.steps = section.steps or max(1, round((section.epochs or 0) * stream.batches_per_epoch))
         self.micro_batch, self.accumulation = split_batch(section, self.world)
@@ -130,8 +150,9 @@ class Trainer:
                 self.step += 1
                 self.window.add(losses, grad_norm)
                 tracker.advance(self.step)
-                if self.due(self.section.log_every):
-                    self.log(tracker, metrics)
+                looking = self.monitor is not None and self.due(self.monitor.every)
+                if looking or self.due(self.section.log_every):
+                    self.log(tracker, metrics, self.look() if looking else {})
                 stopping = signals.agreed(self.accelerator) and self.step < self.steps
                 if stopping or self.due(self.section.checkpoint_every):
                     self.save()
@@ -140,9 +161,17 @@ class Trainer:
                         f"stopped on a signal after step {self.step} of {self.steps}; run the same command to go on"
                     )
 
-    def due(self, every: int) -> bool:
+    def due(self, every: int | None) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
-        return self.step % every == 0 or self.step == self.steps
+        return self.step == self.steps or (every is not None and self.step % every == 0)
+
+    def look(self) -> dict[str, float]:
+        """What the monitor sees; nothing on other ranks than the main one, which wait."""
+        assert self.monitor is not None
+        with torch.random.fork_rng():  # the training must not notice
+            looked = self.monitor(self.step) if self.accelerator.is_main_process else {}
+        self.accelerator.wait_for_everyone()
+        return looked
 
     def learn(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step on a global batch, given this rank's micro-batches.
@@ -151,6 +180,7 @@ class Trainer:
             (S,) losses of the global batch, and the norm of its gradient.
         """
         self.seed_step()
+        self.objective.begin_step(self.step, self.steps)
         batches = [to_device(batch, self.accelerator.device) for batch in batches]
         counts = self.over_ranks(torch.stack([self.objective.counts(batch) for batch in batches]).sum(0))
         weights = torch.tensor(self.objective.loss_weights, device=counts.device)
@@ -192,8 +222,8 @@ class Trainer:
         """Progress for machines, cut back to where this start takes up."""
         return MetricsFile(self.run.folder / "metrics.jsonl", self.step, writes=self.accelerator.is_main_process)
 
-    def log(self, tracker: Tracker, metrics: MetricsFile) -> None:
-        """One line of metrics: means over the steps since the last line."""
+    def log(self, tracker: Tracker, metrics: MetricsFile, looked: dict[str, float]) -> None:
+        """One line of metrics: means over the steps since the last line, and what a monitor saw."""
         losses, grad_norm = self.window.take(self.step)
         epoch = self.step / self.stream.batches_per_epoch
         line = {"step": self.step, "epoch": round(epoch, 4), "samples": self.step * self.section.batch_size}
@@ -201,7 +231,7 @@ class Trainer:
         line |= {f"loss/{name}": value for name, value in zip(self.objective.loss_names, losses, strict=True)}
         line |= {"lr": group_lr(self.adamw), "grad_norm": grad_norm}
         line |= {"images_per_s": round(tracker.steps_per_second(self.step) * self.section.batch_size, 2)}
-        line |= {"peak_memory_bytes": peak_memory_bytes()}
+        line |= {"peak_memory_bytes": peak_memory_bytes()} | looked
         skipped = torch.tensor(float(self.stream.skipped()), device=self.accelerator.device)
         if damaged := int(self.over_ranks(skipped)):
             line["damaged"] = damaged

@@ -32,6 +32,9 @@ class Attention(nn.Module):
         Q, K, V = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         return self.proj(self.mix(Q, K, V).transpose(1, 2).reshape(B, N, D))
 
+    def begin_step(self, step: int) -> None:
+        """Called before every training step; a variant with random features may draw new ones from (itself, step)."""
+
     def mix(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         """(B, H, N, d) queries, keys, values -> (B, H, N, d)."""
         raise NotImplementedError
