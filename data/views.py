@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,8 +38,9 @@ class Normalisation:
 class MultiScaleViews:
     """Training views: one crop at the highest resolution, area-averaged down, so that the fine target is real detail.
 
-    Calling it with a sample and an epoch gives `view/<s>`: (C, s*H, s*W) for every scale s, and `noise`: (N,) uniform
-    numbers that rank the N patches for masking. All of it is a function of (seed, epoch, key).
+    Calling it with a sample and an epoch gives `view/<s>`: (C, s*H, s*W) for every scale s; `noise`: (N,) uniform
+    numbers that rank the N units of masking; where asked for `tiles/<s>`: (T,) numbers that rank tiles, and
+    `tissue/<s>`: (cells,) the part of each cell of a grid that is breast. All is a function of (seed, epoch, key).
     """
 
     size: Size  # H, W at scale 1
@@ -48,6 +49,8 @@ class MultiScaleViews:
     crop: CropSection
     normalise: Normalisation
     seed: int
+    tiles: Mapping[int, int] = field(default_factory=dict)  # scale: T
+    tissue: Mapping[int, Size] = field(default_factory=dict)  # scale: grid, which divides the finest view
 
     def __call__(self, sample: Sample, epoch: int) -> dict[str, Tensor | str]:
         """The views of a sample in an epoch."""
@@ -56,13 +59,17 @@ class MultiScaleViews:
         mirrored = self.crop.flip and rng.random() < 0.5
         sizes = {s: (s * self.size[0], s * self.size[1]) for s in self.scales}
         finest = resize(sample.pixels, box, sizes[max(self.scales)], mirrored)
+        breast = finest.any(axis=0, keepdims=True).astype(np.float32) if self.tissue else finest
+        tissue = {f"tissue/{s}": area_down(breast, grid).ravel() for s, grid in self.tissue.items()}
         finest = self.normalise(finest, sample.max_value)
-        noise = generator(self.seed, epoch, "mask", sample.key).random(self.patches, dtype=np.float32)
-        return {
-            "key": sample.key,
-            "noise": torch.from_numpy(noise),
-            **{f"view/{s}": torch.from_numpy(area_down(finest, size)) for s, size in sizes.items()},
-        }
+        views = {f"view/{s}": area_down(finest, size) for s, size in sizes.items()}
+        draws = {"noise": self._draw("mask", self.patches, sample, epoch)}
+        draws |= {f"tiles/{s}": self._draw(f"tiles/{s}", count, sample, epoch) for s, count in self.tiles.items()}
+        return {"key": sample.key, **{k: torch.from_numpy(x) for k, x in (draws | views | tissue).items()}}
+
+    def _draw(self, purpose: str, count: int, sample: Sample, epoch: int) -> Array:
+        """(count,) uniform numbers for a purpose."""
+        return generator(self.seed, epoch, purpose, sample.key).random(count, dtype=np.float32)
 
     def enlarges(self, image: Size, draw: int) -> bool:
         """Whether a random crop of an image of this size holds fewer rows or columns than the finest view."""

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from ..data.opening import open_shards
 from ..data.shards import ShardDataset
 from ..data.stream import FAULT, EpochStream, ViewDataset, collate
-from ..data.views import MultiScaleViews, Normalisation
-from ..engine.config import dump_yaml, load
+from ..data.views import MultiScaleViews
+from ..engine.config import load
 from ..engine.errors import UserError
 from ..engine.launch import make_accelerator
 from ..engine.loop import Trainer, to_device
 from ..engine.run import Run, open_run
-from ..engine.seeding import stable_seed
-from ..version import __version__
-from .config import ModelSection, PretrainConfig, ScaleSection
-from .encoder import EncoderCard, build_encoder, card_for, save_encoder
+from .build import build_miram, build_views, encoder_card, seeded_encoder
+from .config import PretrainConfig
+from .encoder import EncoderCard, save_encoder
 from .miram import Miram
 from .monitors import caption, draw_reconstructions
 
@@ -42,7 +39,7 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
     accelerator = make_accelerator(settings.train.precision)
     shards = open_shards(settings.data)
     card = encoder_card(settings, shards)
-    model = build_model(settings.model, card, settings.seed)
+    model = build_miram(settings.model, seeded_encoder(settings, card))
     views = build_views(settings, card, model)
     skip = settings.data.on_damage == "skip"
     stream = EpochStream(shards, views, settings.train.batch_size, settings.seed, settings.data.workers, skip=skip)
@@ -64,68 +61,6 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
     accelerator.print(f"encoder: {run.folder / 'encoder.safetensors'}")
     accelerator.end_training()
     return run
-
-
-def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
-    """What the encoder will say of itself: shape, normalisation, and what it was trained on and how."""
-    options = {"in_chans": shards.channels} | settings.model.encoder_options
-    card = card_for(settings.model.encoder, settings.model.size, options)
-    if card.kwargs["in_chans"] != shards.channels:
-        raise UserError(
-            f"model.encoder_options.in_chans is not the {shards.channels} channels of data.shards; leave it out"
-        )
-    mean, std = shards.pixel_statistics
-    provenance = {
-        "miram": __version__,
-        "objective": settings.objective,
-        "data": [{k: m[k] for k in ("dataset", "licence", "records")} for m in shards.manifests],
-        "split": settings.data.split,
-        "split_digest": shards.split_digest,
-        "fold": settings.data.fold,
-        "images": len(shards),
-        "config_sha256": hashlib.sha256(dump_yaml(settings).encode()).hexdigest(),
-    }
-    return replace(card, mean=(mean,) * shards.channels, std=(std,) * shards.channels, provenance=provenance)
-
-
-def build_model(section: ModelSection, card: EncoderCard, seed: int) -> Miram:
-    """The model with the weights that this seed gives it.
-
-    Raises:
-        UserError: the image does not divide into patches, or too few patches would stay visible.
-    """
-    torch.manual_seed(stable_seed(seed, "weights") % 2**63)
-    encoder = build_encoder(card)
-    patch = encoder.patch_embed.patch_size[0]
-    if any(side % patch for side in section.size):
-        raise UserError(
-            f"model.image_size {list(section.size)} must be multiples of the encoder's patches of {patch} pixels"
-        )
-    if int(encoder.patch_embed.num_patches * (1 - section.mask_ratio)) < 1:
-        raise UserError(
-            f"model.mask_ratio {section.mask_ratio} leaves none of {encoder.patch_embed.num_patches} patches visible"
-        )
-    scales = [with_backend(scale, section.attention_backend) for scale in section.scales]
-    return Miram(encoder, scales, section.mask_ratio, section.norm_pix, section.variance_floor)
-
-
-def with_backend(scale: ScaleSection, backend: str) -> ScaleSection:
-    """Softmax decoders take the model's backend where they name none of their own."""
-    if scale.attention != "softmax":
-        return scale
-    return scale.model_copy(update={"options": {"backend": backend, **scale.options}})
-
-
-def build_views(settings: PretrainConfig, card: EncoderCard, model: Miram) -> MultiScaleViews:
-    """Crops at every scale a decoder wants, and at scale 1 for the encoder."""
-    return MultiScaleViews(
-        size=settings.model.size,
-        scales=sorted({1, *(section.scale for section in model.scales)}),
-        patches=model.grid[0] * model.grid[1],
-        crop=settings.crop,
-        normalise=Normalisation(card.mean[0], card.std[0]),
-        seed=settings.seed,
-    )
 
 
 def warn_of_enlarged(views: MultiScaleViews, shards: ShardDataset, accelerator: Accelerator) -> None:

@@ -68,6 +68,32 @@ def test_noise_stays_when_the_crop_changes(views: MultiScaleViews) -> None:
     assert torch.equal(views(sample(noise()), 3)["noise"], other(sample(noise()), 3)["noise"])
 
 
+def test_tiles_and_tissue_are_drawn_and_leave_the_rest_as_it_was(views: MultiScaleViews) -> None:
+    more = replace(views, tiles={2: 9}, tissue={1: (3, 2)})(sample(noise()), 1)
+    plain = views(sample(noise()), 1)
+    assert all(torch.equal(more[name], plain[name]) for name in plain if name != "key")
+    assert more["tiles/2"].shape == (9,)
+    assert not torch.equal(more["tiles/2"], more["noise"][:9])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_tissue_is_the_part_of_a_cell_that_is_not_zero(views: MultiScaleViews, flip: bool) -> None:
+    """Air beyond a slanted edge: counted pixel by pixel in the finest view, on the grids of two scales."""
+    pixels = noise(96, 64)
+    pixels[np.arange(96)[:, None] + 2 * np.arange(64) > 90] = 0
+    grids = {1: (6, 4), 2: (12, 8)}
+    crop = replace_crop(flip)
+    made = replace(views, crop=crop, tissue=grids)(sample(pixels), 2)
+    present = made["view/4"][0] != 0
+    for s, (rows, columns) in grids.items():
+        cells = present.reshape(rows, 96 // rows, columns, 64 // columns).float().mean((1, 3))
+        torch.testing.assert_close(made[f"tissue/{s}"], cells.flatten())
+
+
+def replace_crop(flip: bool) -> CropSection:
+    return WHOLE.model_copy(update={"flip": flip})
+
+
 def test_noise_is_uniform_and_one_number_a_patch(views: MultiScaleViews) -> None:
     values = replace(views, patches=20_000)(sample(noise()), 0)["noise"].numpy()
     assert values.shape == (20_000,)

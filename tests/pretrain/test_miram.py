@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from miram.pretrain.config import ScaleSection
-from miram.pretrain.decoder import Decoder, upsample_tokens
+from miram.pretrain.decoder import Decoder, UpsampleTokens, divide
 from miram.pretrain.encoder import build_encoder, card_for, encode_visible, sincos_positions
 from miram.pretrain.masking import random_masking, upsample_mask
 from miram.pretrain.miram import Miram
@@ -22,10 +23,15 @@ def scale(s: int, **options: object) -> ScaleSection:
     return ScaleSection(**{"scale": s, **NARROW, **options})  # type: ignore[arg-type]
 
 
-def model(*scales: ScaleSection, **options: object) -> Miram:
+def model(*scales: ScaleSection, size: tuple[int, int] = SIZE, **options: object) -> Miram:
     torch.manual_seed(0)
-    card = card_for("vit_tiny_patch16_224", SIZE, {"depth": 2, "embed_dim": 32, "num_heads": 2})
+    card = card_for("vit_tiny_patch16_224", size, {"depth": 2, "embed_dim": 32, "num_heads": 2})
     return Miram(build_encoder(card), scales, **options)  # type: ignore[arg-type]
+
+
+def batch_for(net: Miram, n: int = 4) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return {name: torch.rand(n, *shape, generator=draw) for name, shape in net.inputs.items()}
 
 
 def batch(scales: tuple[int, ...] = (1, 2), n: int = 4) -> dict[str, Tensor]:
@@ -85,9 +91,11 @@ def test_normalised_patches_have_unit_variance_and_noise_stays_small() -> None:
 
 
 @pytest.mark.parametrize("s", [2, 3])
-def test_fine_token_comes_from_the_coarse_one_above_it(s: int) -> None:
+@pytest.mark.parametrize("mode", ["nearest", "learned"])
+def test_fine_token_comes_from_the_coarse_one_above_it(s: int, mode: str) -> None:
+    """`learned` starts as `nearest`."""
     tokens = torch.randn(2, 1 + 6, 8)
-    fine = upsample_tokens(tokens, (2, 3), s, 1, "nearest")
+    fine = UpsampleTokens(8, (2, 3), s, 1, mode)(tokens)
     assert torch.equal(fine[:, 0], tokens[:, 0])
     grid = fine[:, 1:].reshape(2, 2 * s, 3 * s, 8)
     for i in range(2):
@@ -100,7 +108,7 @@ def test_fine_token_comes_from_the_coarse_one_above_it(s: int) -> None:
 def test_bilinear_upsampling_keeps_a_plane_a_plane() -> None:
     """Inside the border, bilinear interpolation of a linear ramp is that ramp."""
     ramp = torch.arange(5.0)[None, :, None].expand(4, 5, 2).reshape(1, 20, 2)
-    fine = upsample_tokens(ramp, (4, 5), 2, 0, "bilinear").reshape(8, 10, 2)[3, 1:-1, 0]
+    fine = UpsampleTokens(2, (4, 5), 2, 0, "bilinear")(ramp).reshape(8, 10, 2)[3, 1:-1, 0]
     torch.testing.assert_close(fine, torch.arange(8) / 2 + 0.25)
 
 
@@ -114,9 +122,75 @@ def test_positions_are_mae_s_sines_and_cosines() -> None:
             torch.testing.assert_close(positions[i, j], torch.stack([torch.stack(axes) for axes in by_hand]))
 
 
-def test_decoder_predicts_one_patch_a_fine_token() -> None:
+def test_learned_upsampling_has_a_matrix_for_each_place() -> None:
+    """Place (1, 0) negated: only the fine tokens below and left of each coarse one's corner change."""
+    upsample, tokens = UpsampleTokens(8, (2, 3), 2, 1, "learned"), torch.randn(2, 1 + 6, 8)
+    with torch.no_grad():
+        upsample.places.weight[:, :, 1, 0] *= -1
+    fine = upsample(tokens)[:, 1:].reshape(2, 4, 6, 8)
+    coarse = tokens[:, 1:].reshape(2, 2, 3, 8)
+    torch.testing.assert_close(fine[:, 1::2, 0::2], -coarse)
+    for a, b in ((0, 0), (0, 1), (1, 1)):
+        torch.testing.assert_close(fine[:, a::2, b::2], coarse)
+
+
+def test_decoder_gives_one_token_a_fine_patch() -> None:
     decoder = Decoder(scale(3, attention="nystrom", options={"num_landmarks": 4}), 24, (2, 3), 1, 256)
-    assert decoder(torch.randn(2, 7, 24)).shape == (2, 54, 256)
+    x = decoder(torch.randn(2, 7, 24))
+    assert x.shape == (2, 54, 16)
+    assert decoder.head(x).shape == (2, 54, 256)
+
+
+@pytest.mark.parametrize(
+    ("grid", "fraction", "expected"),
+    [((14, 14), 0.25, (2, 1)), ((14, 14), 0.5, (2, 2)), ((8, 4), 0.0625, (4, 1)), ((6, 4), 1.0, (1, 1))],
+)
+def test_as_few_tiles_as_make_up_the_fraction(
+    grid: tuple[int, int], fraction: float, expected: tuple[int, int]
+) -> None:
+    assert divide(grid, fraction) == expected
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (7, 5)])
+def test_a_fraction_that_no_tiles_make_up_is_refused(grid: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"decode_fraction 0\.3"):
+        divide(grid, 0.3)
+
+
+def tiled(fraction: float, s: int = 2, **options: object) -> Decoder:
+    torch.manual_seed(3)
+    return Decoder(scale(s, decode_fraction=fraction, **options), 16, (4, 6), 1, 256)
+
+
+def test_chosen_tiles_are_decoded_as_if_alone() -> None:
+    """Each tile by hand: the prefix and the tile's own upsampled tokens with their positions in the whole grid."""
+    decoder, tokens = tiled(0.5), torch.randn(2, 25, 16)
+    chosen = torch.tensor([[3, 0], [1, 2]])
+    found = decoder(tokens, chosen).reshape(2, 2, 4 * 6, 16)
+    whole = decoder.upsample(tokens) + decoder.pos_embed
+    grid = whole[:, 1:].reshape(2, 8, 12, 16)
+    for b in range(2):
+        for k in range(2):
+            row, column = divmod(int(chosen[b, k]), 2)
+            tile = grid[b, 4 * row : 4 * row + 4, 6 * column : 6 * column + 6].reshape(1, 24, 16)
+            alone = decoder.norm(decoder.blocks(torch.cat([whole[b : b + 1, :1], tile], 1)))[0, 1:]
+            torch.testing.assert_close(found[b, k], alone)
+
+
+def test_all_tiles_come_back_in_raster_order() -> None:
+    decoder, tokens = tiled(0.25), torch.randn(2, 25, 16)
+    everything = decoder(tokens).reshape(2, 8, 12, 16)
+    last = decoder(tokens, torch.tensor([[3], [3]])).reshape(2, 4, 6, 16)
+    torch.testing.assert_close(everything[:, 4:, 6:], last)
+
+
+def test_recomputed_blocks_give_the_same_gradients() -> None:
+    kept, recomputed = tiled(0.5), tiled(0.5, checkpointing=True)
+    tokens, chosen = torch.randn(2, 25, 16), torch.tensor([[3, 0], [1, 2]])
+    for decoder in (kept, recomputed):
+        decoder(tokens.clone().requires_grad_(), chosen).square().sum().backward()
+    for a, b in zip(kept.parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 # ---------------------------------------------------------------------------------------------- visible patches
@@ -149,13 +223,104 @@ def test_one_scale_is_mae_written_out() -> None:
     for b in range(4):
         for k, place in enumerate(ids_keep[b]):
             full[b, place] = latent[b, 1 + k]
-    decoder = mae.decoders[0]
+    decoder = mae.decoders["1"]
     x = torch.cat([latent[:, :1], full + sincos_positions((2, 3), 16)], 1)
     predicted = decoder.head(decoder.norm(decoder.blocks(x)))[:, 1:]
     patches = images.reshape(4, 2, 16, 3, 16).permute(0, 1, 3, 2, 4).reshape(4, 6, 256)
     target = (patches - patches.mean(-1, keepdim=True)) / patches.var(-1, keepdim=True).sqrt()
     loss = (((predicted - target) ** 2).mean(-1) * mask).sum() / mask.sum()
     torch.testing.assert_close(mae(data)[0] / mae.counts(data)[0], loss)
+
+
+SHARED = ScaleSection(scale=2, tokens="shared")
+VARIED = [
+    ((scale(1), SHARED), {}),
+    ((scale(1), SHARED, scale(4, upsample="learned")), {"target": "upsampled"}),
+    ((scale(1, decode_fraction=0.5), SHARED), {"tissue_loss": 1.0}),
+    ((scale(1), scale(2, decode_fraction=0.25, width=8, checkpointing=True)), {"tissue_loss": 0.5, "mask_unit": 2}),
+]
+
+
+@pytest.mark.parametrize(("scales", "options"), VARIED)
+def test_every_way_to_decode_learns_without_dead_parameters(
+    scales: tuple[ScaleSection, ...], options: dict[str, object]
+) -> None:
+    net = model(*scales, size=(64, 64), **options)
+    data = batch_for(net)
+    losses, counts = net(data), net.counts(data)
+    assert losses.shape == counts.shape == (len(scales),)
+    assert (losses / counts > 0).all()
+    losses.sum().backward()
+    dead = [name for name, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert dead == []
+
+
+def test_a_shared_head_predicts_larger_patches_from_the_coarse_tokens() -> None:
+    """Of an image of 64 x 96 the first prediction is that of its first 32 x 32 pixels."""
+    net = model(scale(1), SHARED, norm_pix=False)
+    data = batch_for(net)
+    ids_keep, mask = net.masks(data)
+    latent = net.fill(net.decoder_embed(encode_visible(net.encoder, data["view/1"], ids_keep)), ids_keep)
+    predicted = net.decoders["2"].head(net.decoders["1"](latent))
+    target = torch.stack(
+        [data["view/2"][:, 0, 32 * i : 32 * i + 32, 32 * j : 32 * j + 32] for i in range(2) for j in range(3)], 1
+    )
+    by_hand = ((predicted - target.flatten(2)) ** 2).mean(-1)[mask].sum()
+    torch.testing.assert_close(net(data)[1], by_hand)
+
+
+def test_the_loss_of_chosen_tiles_is_that_part_of_the_whole_loss() -> None:
+    """Tiles are drawn by their noise; all of them together make up the sum over all tiles, decoded at once."""
+    torch.manual_seed(0)
+    net = model(scale(1), scale(2, decode_fraction=0.25), size=(64, 64))
+    data = batch_for(net)
+    ids_keep, mask = net.masks(data)
+    errors = (net.reconstruct(data["view/1"], ids_keep)[1] - net.patches(net.scales[1], data["view/2"])) ** 2
+    whole = errors.mean(-1).mul(net.fine_mask(net.scales[1], mask)).sum()
+    parts = [net(data | {"tiles/2": (torch.arange(4) != t).float().expand(4, 4)})[1] for t in range(4)]
+    torch.testing.assert_close(sum(parts), whole)
+    assert net.counts(data)[1] < mask.sum() * 4
+
+
+def test_units_of_the_mask_are_hidden_whole() -> None:
+    net = model(scale(1), size=(64, 96), mask_unit=2)
+    ids_keep, mask = net.masks(batch_for(net, n=6))
+    squares = mask.reshape(6, 2, 2, 3, 2).transpose(2, 3).flatten(3)
+    assert torch.equal(squares.any(-1), squares.all(-1))
+    assert ids_keep.shape == (6, 4)
+    for row in range(6):
+        assert set(ids_keep[row].tolist()) == set(torch.nonzero(~mask[row]).flatten().tolist())
+
+
+def test_tissue_weighs_the_patches() -> None:
+    """Fully weighted, a patch of air adds nothing and a half counts half; at 0.5 air counts half."""
+    full, half = (model(scale(1), tissue_loss=w, norm_pix=False) for w in (1.0, 0.5))
+    data = batch_for(full)
+    plain = model(scale(1), norm_pix=False)
+    data["tissue/1"] = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, 1.0]).expand(4, 6)
+    _, mask = plain.masks(data)
+    torch.testing.assert_close(full.counts(data)[0], (mask * data["tissue/1"]).sum())
+    torch.testing.assert_close(half.counts(data)[0], (mask * (0.5 + data["tissue/1"] / 2)).sum())
+    torch.testing.assert_close(half(data), (full(data) + plain(data)) / 2)
+
+
+def test_the_upsampled_target_holds_nothing_that_the_encoder_was_not_given() -> None:
+    net = model(scale(1), scale(2), target="upsampled")
+    assert set(net.inputs) == {"noise", "view/1"}
+    data = batch_for(net)
+    target = net.target_image(net.scales[1], data)
+    assert torch.equal(target, data["view/1"].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_impossible_combinations_are_refused() -> None:
+    with pytest.raises(ValueError, match="mask_unit 2"):
+        model(scale(1), mask_unit=2, size=(48, 48))
+    with pytest.raises(ValueError, match="needs a decoder of scale 1"):
+        model(scale(2), ScaleSection(scale=4, tokens="shared"))
+    with pytest.raises(ValidationError, match="leave out depth"):
+        ScaleSection(scale=2, tokens="shared", depth=3)
+    with pytest.raises(ValidationError, match="valid integer"):
+        ScaleSection(scale=1.5)
 
 
 @pytest.mark.parametrize("scales", [(1,), (2,), (1, 2), (1, 2, 4), (3, 1)])
