@@ -51,6 +51,8 @@ class TrainSection(Section):
     """AdamW's averaging"""
     warmup_steps: int = Field(default=100, ge=0)
     """linear warm-up, at most all steps"""
+    warmup_epochs: float | None = Field(default=None, ge=0)
+    """the same in passes over the data; takes the place of warmup_steps"""
     clip_grad: PositiveFloat | None = None
     """largest gradient norm"""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -128,6 +130,9 @@ class Trainer:
         self.steps = section.steps or max(1, round((section.epochs or 0) * stream.batches_per_epoch))
         self.micro_batch, self.accumulation = split_batch(section, self.world)
         self.peak_lr = scaled_lr(section.blr, section.batch_size)
+        self.warmup_steps = section.warmup_steps
+        if section.warmup_epochs is not None:
+            self.warmup_steps = round(section.warmup_epochs * stream.batches_per_epoch)
         self.step = 0
         self.window = Window(len(objective.loss_names), accelerator.device)
         self.adamw = adamw(objective, section)
@@ -204,7 +209,7 @@ class Trainer:
 
     def lr(self) -> float:
         """Learning rate of the current step."""
-        return warmup_cosine(self.step, self.steps, self.section.warmup_steps, self.peak_lr)
+        return warmup_cosine(self.step, self.steps, self.warmup_steps, self.peak_lr)
 
     def over_ranks(self, values: Tensor) -> Tensor:
         """Sum over ranks."""

@@ -82,16 +82,12 @@ def test_tissue_is_the_part_of_a_cell_that_is_not_zero(views: MultiScaleViews, f
     pixels = noise(96, 64)
     pixels[np.arange(96)[:, None] + 2 * np.arange(64) > 90] = 0
     grids = {1: (6, 4), 2: (12, 8)}
-    crop = replace_crop(flip)
+    crop = WHOLE.model_copy(update={"flip": flip})
     made = replace(views, crop=crop, tissue=grids)(sample(pixels), 2)
     present = made["view/4"][0] != 0
     for s, (rows, columns) in grids.items():
         cells = present.reshape(rows, 96 // rows, columns, 64 // columns).float().mean((1, 3))
         torch.testing.assert_close(made[f"tissue/{s}"], cells.flatten())
-
-
-def replace_crop(flip: bool) -> CropSection:
-    return WHOLE.model_copy(update={"flip": flip})
 
 
 def test_noise_is_uniform_and_one_number_a_patch(views: MultiScaleViews) -> None:

@@ -381,3 +381,55 @@ def test_broken_loss_or_gradient_fails_and_reaches_no_file(
         assert tensor.isfinite().all()
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+# ---------------------------------------------------------------------------------------------- hooks
+
+
+def test_warm_up_can_be_given_in_epochs(tmp_path: Path) -> None:
+    """2 / 7 of an epoch of 7 batches are two steps."""
+    fit(tmp_path, warmup_epochs=2 / 7)
+    assert [line["lr"] for line in losses(tmp_path)[:3]] == pytest.approx([0.05, 0.1, 0.1])
+
+
+class Counting(Line):
+    """Notes when a step begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[tuple[int, int]] = []
+
+    def begin_step(self, step: int, steps: int) -> None:
+        self.begun.append((step, steps))
+
+
+def test_a_step_begins_once_also_when_it_accumulates(tmp_path: Path) -> None:
+    assert fit(tmp_path, Counting(), micro_batch=2).begun == [(step, STEPS) for step in range(STEPS)]
+
+
+class Eye:
+    """A monitor that draws random numbers and leaves a gradient-free trace."""
+
+    def __init__(self, every: int | None) -> None:
+        self.every, self.seen = every, []
+
+    def __call__(self, step: int) -> dict[str, float]:
+        torch.rand(step + 1)
+        self.seen.append(step)
+        return {"eye": float(step)}
+
+
+@pytest.mark.parametrize(("every", "seen"), [(4, [4, 8, 10]), (None, [10])])
+def test_a_monitor_looks_when_it_is_due_and_its_figures_are_logged(
+    tmp_path: Path, every: int | None, seen: list[int]
+) -> None:
+    eye = Eye(every)
+    watched = trainer(tmp_path / "watched", Line(dropout=0.5), log_every=3)
+    watched.monitor = eye
+    watched.fit()
+    plain = fit(tmp_path / "plain", Line(dropout=0.5), log_every=3)
+    assert torch.equal(weights(watched.objective), weights(plain))
+    lines = losses(tmp_path / "watched")
+    assert eye.seen == [line["step"] for line in lines if "eye" in line] == seen
+    assert [line["step"] for line in lines] == sorted({3, 6, 9, 10, *seen})
+    assert all(line["eye"] == line["step"] for line in lines if "eye" in line)

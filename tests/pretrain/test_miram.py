@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn import functional as F
 
 from miram.pretrain.config import ScaleSection
 from miram.pretrain.decoder import Decoder, UpsampleTokens, divide
@@ -280,6 +281,17 @@ def test_the_loss_of_chosen_tiles_is_that_part_of_the_whole_loss() -> None:
     parts = [net(data | {"tiles/2": (torch.arange(4) != t).float().expand(4, 4)})[1] for t in range(4)]
     torch.testing.assert_close(sum(parts), whole)
     assert net.counts(data)[1] < mask.sum() * 4
+
+
+@pytest.mark.parametrize("section", [scale(2), scale(4), SHARED])
+def test_a_predicted_patch_shows_the_tissue_of_the_patch_above_it(section: ScaleSection) -> None:
+    """The mean grey level of all predicted patches above a patch of the encoder is that patch's own."""
+    net = model(scale(1), section, norm_pix=False)
+    fine = torch.rand(2, 1, section.scale * SIZE[0], section.scale * SIZE[1])
+    coarse = patchify(F.avg_pool2d(fine, section.scale), P).mean(-1)
+    rows, columns = net.grid_of(section)
+    levels = net.patches(section, fine).mean(-1).reshape(2, 2, rows // 2, 3, columns // 3).mean((2, 4))
+    torch.testing.assert_close(levels.flatten(1), coarse)
 
 
 def test_units_of_the_mask_are_hidden_whole() -> None:
