@@ -63,6 +63,24 @@ def probe(context: typer.Context) -> None:
 
 
 @app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="Weights: .pth, .safetensors, or a folder of the Hugging Face hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder for encoder.safetensors and encoder.json.")],
+    image_size: Annotated[
+        str | None, typer.Option(help="448, or 512x256 for height and width; default: its own.")
+    ] = None,
+    channels: Annotated[
+        int, typer.Option(min=1, help="1: colours are summed so that grey pictures give the same.")
+    ] = 1,
+    architecture: Annotated[str | None, typer.Option(help="timm's name, where shapes do not tell it.")] = None,
+) -> None:
+    """Foreign weights to an encoder of ours, with a report of every key."""
+    from .pretrain.convert import convert as run
+
+    print("\n".join(run(file, out, image_size, channels, architecture)))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the first run.")] = None,

@@ -105,9 +105,10 @@ def lines(y: Points, x: Points, flux: Points, sigma: float, grid: Grid) -> Array
     return blurred
 
 
-def mass(radius: float, grid: Grid, rng: np.random.Generator) -> Array:
-    """A lobulated body with a soft margin; two in five are spiculated."""
-    spiculated = rng.random() < 0.4
+def mass(radius: float, grid: Grid, rng: np.random.Generator, spiculated: bool | None = None) -> Array:
+    """A lobulated body with a soft margin; two in five are spiculated, unless the caller says."""
+    drawn = rng.random() < 0.4
+    spiculated = drawn if spiculated is None else spiculated
     k = np.arange(2, 8)[:, None, None]
     waves = rng.normal(0, 0.16, k.shape) / (k - 1) ** (0.6 if spiculated else 1.0)
     angle = np.arctan2(grid.y, grid.x)

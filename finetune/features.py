@@ -8,26 +8,24 @@ The digest covers the encoder's weights, the samples and how they are read, so t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from ..data.shards import ShardDataset
-from ..data.views import windows
 from ..engine.errors import UserError
 from ..engine.launch import device
 from ..engine.track import progress_bar
-from ..pretrain.encoder import normalisation
+from ..pretrain.encoder import Encoder, normalisation
+from ..pretrain.features import Windows, image_features, window_batches
 
 
 def cached_features(
-    vit: VisionTransformer, shards: ShardDataset, pool: str, batch_size: int, folder: Path, name: str
+    vit: Encoder, shards: ShardDataset, pool: str, batch_size: int, folder: Path, name: str
 ) -> NDArray[np.float32]:
     """(n, D) one feature a sample: the mean over windows that cover the image."""
     path = folder / f"{digest(vit, shards, pool)}.safetensors"
@@ -39,7 +37,7 @@ def cached_features(
     return load_file(path)["features"]
 
 
-def digest(vit: VisionTransformer, shards: ShardDataset, pool: str) -> str:
+def digest(vit: Encoder, shards: ShardDataset, pool: str) -> str:
     """16 hex digits of everything that features depend on."""
     state = hashlib.sha256(
         f"{pool} {normalisation(vit)} {[getattr(block.attn, 'num_heads', 0) for block in vit.blocks]}".encode()
@@ -53,7 +51,7 @@ def digest(vit: VisionTransformer, shards: ShardDataset, pool: str) -> str:
 
 
 @torch.inference_mode()
-def extract(vit: VisionTransformer, shards: ShardDataset, pool: str, batch_size: int, name: str) -> NDArray[np.float32]:
+def extract(vit: Encoder, shards: ShardDataset, pool: str, batch_size: int, name: str) -> NDArray[np.float32]:
     """(n, D) features of every sample, on the accelerator if there is one.
 
     Raises:
@@ -64,36 +62,14 @@ def extract(vit: VisionTransformer, shards: ShardDataset, pool: str, batch_size:
             f"the encoder takes {vit.patch_embed.proj.in_channels} channels and the data has {shards.channels}; ingest "
             "it again with --channels, or choose another encoder"
         )
-    on = device()
-    vit = vit.eval().to(on)
-    sums: NDArray[np.float32] = np.zeros((len(shards), vit.embed_dim), np.float32)
-    counts = np.zeros((len(shards), 1), np.float32)
+    vit = vit.eval().to(device())
+    batches = window_batches(vit, (shards[i] for i in range(len(shards))), batch_size)
+    return image_features(vit, _shown(batches, len(shards), name), len(shards), pool)
+
+
+def _shown(batches: Iterable[Windows], images: int, name: str) -> Iterator[Windows]:
     with progress_bar() as bar:
-        task = bar.add_task(f"features, {name}", total=len(shards), note="")
-        for owners, batch in window_batches(vit, shards, batch_size):
-            pooled = pool_tokens(vit, vit.forward_features(batch.to(on)), pool).float().cpu().numpy()
-            np.add.at(sums, owners, pooled)
-            np.add.at(counts, owners, 1)
+        task = bar.add_task(f"features, {name}", total=images, note="")
+        for owners, batch in batches:
+            yield owners, batch
             bar.update(task, completed=owners[-1] + 1)
-    return sums / counts
-
-
-def window_batches(vit: VisionTransformer, shards: ShardDataset, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Windows of all samples in batches, with the number of the sample each belongs to."""
-    normalise = normalisation(vit)
-    owners: list[int] = []
-    waiting: list[Tensor] = []
-    for i in range(len(shards)):
-        parts = windows(shards[i], vit.patch_embed.img_size, normalise)
-        owners += [i] * len(parts)
-        waiting += parts
-        while len(waiting) >= batch_size:
-            yield owners[:batch_size], torch.stack(waiting[:batch_size])
-            owners, waiting = owners[batch_size:], waiting[batch_size:]
-    if waiting:
-        yield owners, torch.stack(waiting)
-
-
-def pool_tokens(vit: VisionTransformer, tokens: Tensor, pool: str) -> Tensor:
-    """(B, prefix + N, D) -> (B, D)."""
-    return tokens[:, 0] if pool == "cls" else tokens[:, vit.num_prefix_tokens :].mean(1)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from timm.models.vision_transformer import VisionTransformer
 
 from ..data.opening import open_shards
 from ..data.shards import ShardDataset
@@ -18,7 +17,7 @@ from ..engine.files import read_json, write_atomic
 from ..engine.metrics import Estimate, Floats, bootstrap_scores, chance, patient_bootstrap, score
 from ..engine.run import RESULT, Run, open_run
 from ..engine.seeding import stable_seed
-from ..pretrain.encoder import encoder_digest, load_encoder, random_like, read_provenance
+from ..pretrain.encoder import Encoder, encoder_digest, load_encoder, random_like, read_provenance
 from .config import ProbeConfig
 from .features import cached_features
 from .figures import CAPTION, draw_probe
@@ -66,7 +65,7 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
     return run
 
 
-def named_encoders(settings: ProbeConfig) -> Iterator[tuple[str, VisionTransformer]]:
+def named_encoders(settings: ProbeConfig) -> Iterator[tuple[str, Encoder]]:
     """The encoder, then its controls with random weights."""
     yield "pretrained", load_encoder(settings.probe.encoder)
     for i in range(settings.probe.controls):
@@ -95,7 +94,7 @@ class Trial:
         task = read_task(shards, settings.data.task)
         return cls(settings, shards, task, *outer_folds(task, settings.probe.folds, settings.seed))
 
-    def probe(self, name: str, vit: VisionTransformer, cache: Path) -> Probed:
+    def probe(self, name: str, vit: Encoder, cache: Path) -> Probed:
         """Features, judgement and figure of one encoder."""
         section, task, seed = self.settings.probe, self.task, self.settings.seed
         features = cached_features(vit, self.shards, section.pool, section.batch_size, cache, name)

@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import replace
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
+from ..data.augment import TwoViews
 from ..data.shards import ShardDataset
 from ..data.views import MultiScaleViews, Normalisation
 from ..engine.config import dump_yaml
@@ -15,8 +15,12 @@ from ..engine.errors import UserError
 from ..engine.seeding import stable_seed
 from ..version import __version__
 from .config import ModelSection, PretrainConfig, ScaleSection
-from .encoder import EncoderCard, build_encoder, card_for
+from .encoder import Encoder, EncoderCard, build_encoder, card_for, read_provenance
 from .miram import Miram
+from .moco_v3 import MocoV3, initialise_qkv
+from .weights import initialise_decoder, initialise_encoder
+
+Learner = Miram | MocoV3
 
 
 def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
@@ -35,7 +39,7 @@ def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
     provenance = {
         "miram": __version__,
         "objective": settings.objective,
-        "init": settings.init,
+        "init": settings.init and {"from": settings.init, **read_provenance(settings.init)},
         "data": [{k: m[k] for k in ("dataset", "licence", "records")} for m in shards.manifests],
         "split": settings.data.split,
         "split_digest": shards.split_digest,
@@ -46,24 +50,39 @@ def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
     return replace(card, mean=(mean,) * shards.channels, std=(std,) * shards.channels, provenance=provenance)
 
 
-def seeded_encoder(settings: PretrainConfig, card: EncoderCard) -> VisionTransformer:
-    """The encoder with the weights that the seed gives it; torch's generator is left where they end.
+def build_objective(settings: PretrainConfig, card: EncoderCard) -> tuple[Learner, list[str]]:
+    """What learns, with the weights that the seed or `init` gives it, and a report of what `init` gave.
 
     Raises:
-        UserError: timm refuses it, or the image does not divide into its patches.
+        UserError: encoder, `init` and objective do not fit each other.
     """
     torch.manual_seed(stable_seed(settings.seed, "weights") % 2**63)
     encoder = build_encoder(card)
-    patch = encoder.patch_embed.patch_size[0]
-    if any(side % patch for side in settings.model.size):
-        raise UserError(
-            f"model.image_size {list(settings.model.size)} must be multiples of the encoder's patches of {patch} pixels"
-        )
+    check_patches(settings.model, encoder)
     encoder.set_grad_checkpointing(settings.model.checkpointing)
-    return encoder
+    said = initialise_encoder(encoder, settings.init) if settings.init else []
+    if settings.objective == "moco_v3":
+        if settings.init is None:
+            initialise_qkv(encoder)
+        return MocoV3(encoder, settings.moco), said
+    model = build_miram(settings.model, encoder)
+    return model, said + (initialise_decoder(model, settings.init) if settings.init else [])
 
 
-def build_miram(section: ModelSection, encoder: VisionTransformer) -> Miram:
+def check_patches(section: ModelSection, encoder: Encoder) -> None:
+    """Refuse an image that does not divide into patches.
+
+    Raises:
+        UserError: it does not.
+    """
+    patch = encoder.patch_embed.patch_size[0]
+    if any(side % patch for side in section.size):
+        raise UserError(
+            f"model.image_size {list(section.size)} must be multiples of the encoder's patches of {patch} pixels"
+        )
+
+
+def build_miram(section: ModelSection, encoder: Encoder) -> Miram:
     """The masked autoencoder around an encoder.
 
     Raises:
@@ -95,9 +114,11 @@ def with_backend(scale: ScaleSection, backend: str) -> ScaleSection:
     return scale.model_copy(update={"options": {"backend": backend, **scale.options}})
 
 
-def build_views(settings: PretrainConfig, card: EncoderCard, objective: Miram) -> MultiScaleViews:
+def build_views(settings: PretrainConfig, card: EncoderCard, objective: Learner) -> MultiScaleViews | TwoViews:
     """What the objective is shown of an image: `inputs`, each drawn anew every epoch."""
     normalise = Normalisation(card.mean, card.std)
+    if isinstance(objective, MocoV3):
+        return TwoViews(settings.model.size, settings.crop, settings.pair, normalise, settings.seed)
     shapes = objective.inputs
     return MultiScaleViews(
         size=settings.model.size,

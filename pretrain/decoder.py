@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Grid, build_attention
+from .attention import ATTENTIONS, Grid, build_attention
 from .config import ScaleSection
 from .encoder import sincos_positions
 from .masking import gather_cells, tile_ids
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         self.register_buffer("tiles", tile_ids(fine, tile), persistent=False)
         self.pos_embed: Tensor
         self.tiles: Tensor
-        self.blocks = nn.Sequential(*(decoder_block(section, tile, prefix_tokens) for _ in range(section.depth)))
+        self.blocks = nn.Sequential(*(decoder_block(section, tile, prefix_tokens, i) for i in range(section.depth)))
         self.norm = nn.LayerNorm(section.width, eps=1e-6)
         self.head = nn.Linear(section.width, out_dim)
 
@@ -127,12 +127,11 @@ class UpsampleTokens(nn.Module):
         return F.interpolate(coarse, scale_factor=float(self.scale), mode=self.mode, **smooth)
 
 
-def decoder_block(section: ScaleSection, grid: Grid, prefix_tokens: int) -> Block:
+def decoder_block(section: ScaleSection, grid: Grid, prefix_tokens: int, index: int) -> Block:
     """timm's pre-norm block around the attention that the scale asks for."""
+    options = ATTENTIONS[section.attention].options_of_block(index) | section.options
     block = Block(section.width, section.heads, qkv_bias=True)
-    block.attn = build_attention(
-        section.attention, section.width, section.heads, grid, prefix_tokens, **section.options
-    )
+    block.attn = build_attention(section.attention, section.width, section.heads, grid, prefix_tokens, **options)
     return block
 
 

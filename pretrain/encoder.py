@@ -1,4 +1,4 @@
-"""The encoder: a timm ViT, built, saved and loaded so that timm alone can load it too.
+"""The encoder: a timm ViT (also with rotary positions), built, saved and loaded so that timm alone can load it too.
 
 encoder.safetensors   timm's own key names
 encoder.json          {"schema", "architecture": NAME, "kwargs": {…}, "mean": [m], "std": [s], "provenance": {…}}
@@ -8,7 +8,7 @@ vit = timm.create_model(card["architecture"], **card["kwargs"]); vit.load_state_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models import adapt_input_conv, checkpoint
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ from ..engine.errors import UserError, did_you_mean, one_line
 from ..engine.files import read_json, sha256, write_json
 
 CARD = "miram.encoder/1"
+
+Encoder = VisionTransformer | Eva  # Eva is timm's ViT with rotary positions: EVA-02, DINOv3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ def card_for(name: str, image_size: tuple[int, int], options: Mapping[str, Any])
     Raises:
         UserError: timm knows no such ViT.
     """
-    known = timm.list_models("*vit*")
+    known = timm.list_models(["*vit*", "eva*"])
     if name not in known:
         raise UserError(f"model.encoder: timm has no ViT {name!r}{did_you_mean(name, known) if len(name) > 3 else ''}")
     return EncoderCard(
@@ -60,8 +63,10 @@ def card_for(name: str, image_size: tuple[int, int], options: Mapping[str, Any])
     )
 
 
-def build_encoder(card: EncoderCard) -> VisionTransformer:
+def build_encoder(card: EncoderCard) -> Encoder:
     """The ViT of a card with MAE's initialisation: fixed 2-D sine-cosine positions, xavier-uniform matrices.
+
+    Rotary positions stay as timm makes them; a ViT may have either kind or both.
 
     Raises:
         UserError: timm refuses the combination, or what it builds is no plain ViT.
@@ -72,11 +77,9 @@ def build_encoder(card: EncoderCard) -> VisionTransformer:
         raise UserError(
             f"model.encoder: timm cannot build {card.architecture} with {card.kwargs}: {one_line(str(error))}"
         ) from error
-    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
-        raise UserError(
-            f"model.encoder: {card.architecture} is no plain ViT with absolute positions; try vit_small_patch16_224"
-        )
-    if vit.embed_dim % 4:
+    if not isinstance(vit, Encoder) or (vit.pos_embed is None and getattr(vit, "rope", None) is None):
+        raise UserError(f"model.encoder: {card.architecture} is no plain ViT with positions; try vit_small_patch16_224")
+    if vit.pos_embed is not None and vit.embed_dim % 4:
         raise UserError(f"model.encoder: width {vit.embed_dim} is no multiple of 4, as sine-cosine positions need")
     if any(True for _ in vit.fc_norm.parameters()):
         raise UserError(
@@ -87,7 +90,7 @@ def build_encoder(card: EncoderCard) -> VisionTransformer:
     return describe(vit, card)
 
 
-def describe(vit: VisionTransformer, card: EncoderCard) -> VisionTransformer:
+def describe(vit: Encoder, card: EncoderCard) -> Encoder:
     """Put the input's size and statistics where timm looks for them."""
     size = (card.kwargs["in_chans"], *card.image_size)
     config = {"input_size": size, "mean": card.mean, "std": card.std, "num_classes": 0}
@@ -95,9 +98,11 @@ def describe(vit: VisionTransformer, card: EncoderCard) -> VisionTransformer:
     return vit
 
 
-def normalisation(vit: VisionTransformer) -> Normalisation:
+def normalisation(vit: Encoder) -> Normalisation:
     """How its input is normalised; of a colour model's statistics the mean, for one channel."""
     config = cast(Any, vit).pretrained_cfg
+    if vit.patch_embed.proj.in_channels > 1:
+        return Normalisation(tuple(config["mean"]), tuple(config["std"]))
     return Normalisation(fmean(config["mean"]), fmean(config["std"]))
 
 
@@ -112,9 +117,10 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
-def set_sincos_positions(vit: VisionTransformer) -> None:
+def set_sincos_positions(vit: Encoder) -> None:
     """Fix the position embedding to sines and cosines of the grid; prefix tokens get none."""
-    assert vit.pos_embed is not None
+    if vit.pos_embed is None:
+        return
     grid = sincos_positions(vit.patch_embed.grid_size, vit.embed_dim)
     missing = vit.pos_embed.shape[1] - grid.shape[1]
     vit.pos_embed.data = torch.cat([torch.zeros(1, missing, vit.embed_dim), grid], dim=1)
@@ -122,22 +128,96 @@ def set_sincos_positions(vit: VisionTransformer) -> None:
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """(1, N, D) fixed 2-D sine-cosine embedding, D a multiple of 4 (MAE, appendix A)."""
-    return build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=False)[None]
+    """(1, N, D) fixed 2-D sine-cosine embedding, D a multiple of 4 (MAE, appendix A).
+
+    A quarter of the channels each: sine and cosine of the column, then of the row. The order is that of MAE's released
+    weights, whose decoders it has to fit.
+    """
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [position.reshape(-1, 1) * omega for position in (column, row)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)[None].float()
 
 
-def encode_visible(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> Tensor:
+def encode_visible(vit: Encoder, images: Tensor, ids_keep: Tensor) -> Tensor:
     """(B, C, H, W) and (B, V) kept patches -> (B, prefix + V, D): the ViT on those patches only (MAE, section 3)."""
-    tokens = vit._pos_embed(vit.patch_embed(images))
+    tokens, rope = embed(vit, images)
     prefix, patches = tokens[:, : vit.num_prefix_tokens], tokens[:, vit.num_prefix_tokens :]
     kept = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[-1]))
-    return vit.norm(vit.blocks(vit.norm_pre(torch.cat([prefix, kept], dim=1))))
+    x = vit.norm_pre(torch.cat([prefix, kept], dim=1))
+    for block, angles in zip(vit.blocks, rotations(vit, rope, ids_keep), strict=True):
+        rotated: dict[str, Any] = {} if angles is None else {"rope": angles}
+        recompute = vit.grad_checkpointing and torch.is_grad_enabled()
+        x = checkpoint(block, x, **rotated) if recompute else block(x, **rotated)
+    return vit.norm(x)
+
+
+def embed(vit: Encoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, C, H, W) -> (B, prefix + N, D) tokens with their absolute positions, and rotary ones if the ViT has them."""
+    embedded = cast(Any, vit)._pos_embed(vit.patch_embed(images))
+    return embedded if isinstance(vit, Eva) else (embedded, None)
+
+
+def rotations(vit: Encoder, rope: Tensor | None, ids_keep: Tensor) -> Sequence[Tensor | None]:
+    """For every block the rotary embedding of the kept patches, (B, 1 or heads, V, d).
+
+    `rope` is (N, d), or (blocks, heads, N, d) where every block learns its own.
+    """
+    if rope is None or rope.dim() == 2:
+        return [None if rope is None else rope[ids_keep][:, None]] * len(vit.blocks)
+    return list(rope[:, :, ids_keep].transpose(1, 2))
+
+
+# ---------------------------------------------------------------------------------------------- another input
+
+
+def set_image_size(vit: Encoder, size: tuple[int, int]) -> str:
+    """Change the input's height and width in place, interpolating absolute positions; say what was done, if anything.
+
+    Raises:
+        UserError: the size is no multiple of the patch.
+    """
+    before, patch = vit.patch_embed.grid_size, vit.patch_embed.patch_size
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise UserError(f"an image of {size[0]} x {size[1]} is not made of patches of {patch[0]} x {patch[1]}")
+    vit.set_input_size(img_size=size)
+    after = vit.patch_embed.grid_size
+    if vit.pos_embed is None or before == after:
+        return ""
+    return f"interpolated from {before[0]} x {before[1]} to {after[0]} x {after[1]}"
+
+
+@torch.no_grad()
+def set_channels(vit: Encoder, channels: int) -> str:
+    """Change the input's channels in place so that grey pictures give what they gave; say what was done, if anything.
+
+    Of a grey pixel g, colour channel c sees (g - m_c) / s_c and a single channel u = (g - m) / s, m and s the means of
+    m_c and s_c. Put g = s u + m into sum_c W_c (g - m_c) / s_c: the channels are summed with weights s / s_c, and what
+    is left, sum_c W_c (m - m_c) / s_c, is a constant for the bias. Several channels share a single one's weights.
+    """
+    old, config = cast(Any, vit.patch_embed.proj), cast(Any, vit).pretrained_cfg
+    if old.in_channels == channels:
+        return ""
+    mean, std = (torch.tensor(config[key]).expand(old.in_channels) for key in ("mean", "std"))
+    scale, shift = std.mean() / std, (mean.mean() - mean) / std
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None)
+    grey = adapt_input_conv(1, old.weight * scale[:, None, None], base_chans=old.in_channels)
+    new.weight.copy_(adapt_input_conv(channels, grey, base_chans=1))
+    if new.bias is not None:
+        new.bias.copy_(old.bias + old.weight.sum((2, 3)) @ shift)
+    vit.patch_embed.proj = new
+    statistics = {"mean": (mean.mean().item(),) * channels, "std": (std.mean().item(),) * channels}
+    size = (channels, *vit.patch_embed.img_size)
+    cast(Any, vit).pretrained_cfg = {**config, **statistics, "input_size": size}
+    return (
+        f"{old.in_channels} channels summed to {channels}" if channels == 1 else f"grey spread over {channels} channels"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-def save_encoder(folder: Path, vit: VisionTransformer, card: EncoderCard) -> None:
+def save_encoder(folder: Path, vit: Encoder, card: EncoderCard) -> None:
     """Write encoder.safetensors and encoder.json."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vit.state_dict().items()}
     temporary = folder / ".encoder.safetensors"
@@ -191,7 +271,7 @@ def encoder_digest(path_or_name: str) -> str:
     return path_or_name if path_or_name.startswith("timm:") else sha256(find_card(path_or_name)[0])
 
 
-def load_encoder(path_or_name: str | Path) -> VisionTransformer:
+def load_encoder(path_or_name: str | Path) -> Encoder:
     """An encoder in eval mode: from a RUN folder, an `encoder.safetensors`, or `timm:NAME` (timm's own weights).
 
     Raises:
@@ -199,7 +279,9 @@ def load_encoder(path_or_name: str | Path) -> VisionTransformer:
     """
     name = str(path_or_name)
     if name.startswith("timm:"):
-        return _load_timm(name.removeprefix("timm:"))
+        vit = load_timm(name.removeprefix("timm:"))
+        set_channels(vit, 1)
+        return vit
     weights, card = find_card(name)
     vit = build_encoder(card)
     try:
@@ -209,7 +291,7 @@ def load_encoder(path_or_name: str | Path) -> VisionTransformer:
     return vit.eval()
 
 
-def random_like(path_or_name: str | Path, seed: int) -> VisionTransformer:
+def random_like(path_or_name: str | Path, seed: int) -> Encoder:
     """An encoder of the same shape and input as `load_encoder` gives, as it is before any training.
 
     Raises:
@@ -219,18 +301,23 @@ def random_like(path_or_name: str | Path, seed: int) -> VisionTransformer:
     torch.manual_seed(seed)
     if not name.startswith("timm:"):
         return build_encoder(find_card(name)[1]).eval()
-    vit = cast(VisionTransformer, timm.create_model(name.removeprefix("timm:"), in_chans=1, num_classes=0))
+    vit = cast(Encoder, timm.create_model(name.removeprefix("timm:"), in_chans=1, num_classes=0))
     initialise(vit)
     return vit.eval()
 
 
-def _load_timm(name: str) -> VisionTransformer:
+def load_timm(name: str) -> Encoder:
+    """timm's own weights as they are, in eval mode.
+
+    Raises:
+        UserError: they cannot be had, or are those of no ViT.
+    """
     try:
-        vit = timm.create_model(name, pretrained=True, in_chans=1, num_classes=0)
+        vit = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever the hub, the network or timm raise: the user's to mend
         raise UserError(
             f"timm:{name} could not be had ({one_line(str(error))[:200]}); is the name right and the network up?"
         ) from error
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, Encoder):
         raise UserError(f"timm:{name} is no plain ViT; choose one of timm's vit_… models")
     return vit.eval()

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +22,7 @@ from ..engine.loop import Batch, Objective
 from .attention import Attention, Grid
 from .config import ScaleSection
 from .decoder import Decoder, WideHead
-from .encoder import encode_visible, initialise
+from .encoder import Encoder, encode_visible, initialise
 from .masking import gather_cells, random_masking, tile_ids, upsample_mask
 from .patches import normalise_patches, patchify
 
@@ -49,7 +48,7 @@ class Miram(Objective):
 
     def __init__(
         self,
-        encoder: VisionTransformer,
+        encoder: Encoder,
         scales: Sequence[ScaleSection],
         *,
         mask_ratio: float = 0.75,

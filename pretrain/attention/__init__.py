@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from .agent import AgentAttention
 from .base import Attention, Grid
+from .linformer import LinformerAttention
 from .nystrom import NystromAttention
+from .performer import PerformerAttention
 from .softmax import SoftmaxAttention
+from .window import WindowAttention
 
-ATTENTIONS: dict[str, type[Attention]] = {"softmax": SoftmaxAttention, "nystrom": NystromAttention}
+ATTENTIONS: dict[str, type[Attention]] = {
+    "softmax": SoftmaxAttention,
+    "nystrom": NystromAttention,
+    "performer": PerformerAttention,
+    "linformer": LinformerAttention,
+    "agent": AgentAttention,
+    "window": WindowAttention,
+}
 
 __all__ = ["ATTENTIONS", "Attention", "Grid", "build_attention"]
 

@@ -1,4 +1,4 @@
-"""Nystrom attention (Xiong et al. 2021, Nystromformer) on a 2-D grid of tokens.
+"""Nystrom attention (Xiong et al. 2021, Nystromformer, arXiv 2102.03902) on a 2-D grid of tokens.
 
     out = softmax(Q K~^T) A^+ softmax(Q~ K^T) V + conv(V),    A = softmax(Q~ K~^T)          (eq. 13 there)
 
@@ -10,23 +10,21 @@ Q~, K~ are m landmarks, every softmax is scaled by 1/sqrt(d). What differs from 
  - six iterations are no convergence, and are kept on purpose: on smooth tokens more of them, like the exact inverse,
    are worse, because stopping early is the regulariser;
  - the skip convolution is a 3 x 3 depth-wise one on the grid, not 33 x 1 along the raster.
-The two outer softmaxes are calls of the fused kernel, and the iteration is recomputed in backward: nothing of size
-N x m is kept.
+The two outer softmaxes are calls of the fused kernel; the iteration, the second of them and the convolution are
+recomputed in backward: nothing of size N x m is ever made, and of size N x D only x, Q, K, V and the result are kept.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from .base import Attention, Grid
+from .base import Grid, recomputed
+from .grid import GridAttention
 
 
-class NystromAttention(Attention):
+class NystromAttention(GridAttention):
     """Attention through m landmarks, linear in N.
 
     Args:
@@ -48,48 +46,24 @@ class NystromAttention(Attention):
         exact_fallback: bool = True,
         conv_kernel: int = 3,
     ):
-        super().__init__(dim, num_heads, grid, prefix_tokens)
         if num_landmarks < 1 or pinv_iterations < 1:
             raise ValueError("num_landmarks and pinv_iterations must be at least 1")
-        if conv_kernel and conv_kernel % 2 == 0:
-            raise ValueError("conv_kernel must be odd, or 0 for none")
-        self.landmark_grid = landmark_grid(grid, num_landmarks)
+        super().__init__(dim, num_heads, grid, prefix_tokens, conv_kernel, num_landmarks)
         self.pinv_iterations = pinv_iterations
         self.exact = exact_fallback and self.landmark_grid == grid
-        padding = conv_kernel // 2
-        self.conv = nn.Conv2d(dim, dim, conv_kernel, padding=padding, groups=dim, bias=False) if conv_kernel else None
 
     def mix(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
-        """(B, H, N, d) -> (B, H, N, d)."""
-        out = F.scaled_dot_product_attention(Q, K, V) if self.exact else self.nystrom(Q, K, V)
-        return out + self.skip(V) if self.conv is not None else out
-
-    def nystrom(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
-        """The three-factor product, from the right."""
+        """(B, H, N, d) -> (B, H, N, d): the three-factor product, from the right."""
+        if self.exact:
+            return self.add_skip(F.scaled_dot_product_attention(Q, K, V), V)
         Qm, Km = self.landmarks(Q), self.landmarks(K)  # (B, H, m, d)
         summary = F.scaled_dot_product_attention(Qm, K, V)  # (B, H, m, d)
-        weighed = checkpoint(
-            solve, Qm, Km, summary, self.pinv_iterations, use_reentrant=False, preserve_rng_state=False
-        )
-        return F.scaled_dot_product_attention(Q, Km, weighed)
+        return recomputed(self.spread, Q, Qm, Km, summary, V)
 
-    def landmarks(self, x: Tensor) -> Tensor:
-        """(B, H, N, d) -> (B, H, prefix + m, d): prefix tokens, then means over the cells of the grid."""
-        if self.landmark_grid == self.grid:
-            return x
-        prefix, patches = x[:, :, : self.prefix_tokens], x[:, :, self.prefix_tokens :]
-        B, H, _, d = x.shape
-        cells = patches.transpose(-1, -2).reshape(B, H * d, *self.grid)
-        means = F.adaptive_avg_pool2d(cells, self.landmark_grid).reshape(B, H, d, -1).transpose(-1, -2)
-        return torch.cat([prefix, means], dim=2)
-
-    def skip(self, V: Tensor) -> Tensor:
-        """Depth-wise convolution of the values on the grid; prefix tokens get none."""
-        assert self.conv is not None
-        B, H, _, d = V.shape
-        patches = V[:, :, self.prefix_tokens :].transpose(-1, -2).reshape(B, H * d, *self.grid)
-        out = self.conv(patches).reshape(B, H, d, -1).transpose(-1, -2)
-        return F.pad(out, (0, 0, self.prefix_tokens, 0))
+    def spread(self, Q: Tensor, Qm: Tensor, Km: Tensor, summary: Tensor, V: Tensor) -> Tensor:
+        """softmax(Q K~^T) A^+ summary + conv(V)."""
+        weighed = solve(Qm, Km, summary, self.pinv_iterations)
+        return self.add_skip(F.scaled_dot_product_attention(Q, Km, weighed), V)
 
 
 def solve(Qm: Tensor, Km: Tensor, summary: Tensor, iterations: int) -> Tensor:
@@ -115,11 +89,3 @@ def pseudo_inverse(A: Tensor, iterations: int) -> Tensor:
         outer = torch.baddbmm(AZ, AZ, inner, beta=15, alpha=-1)
         Z = torch.baddbmm(Z, Z, outer, beta=3.25, alpha=-0.25)
     return Z.reshape(shape)
-
-
-def landmark_grid(grid: Grid, num_landmarks: int) -> Grid:
-    """The largest landmark grid of at most m cells, of the token grid's shape as nearly as whole numbers allow."""
-    height, width = grid
-    shrink = min(1.0, math.sqrt(num_landmarks / (height * width)))
-    rows = min(height, num_landmarks, max(1, round(height * shrink)))
-    return rows, min(width, max(1, num_landmarks // rows))

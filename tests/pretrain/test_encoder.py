@@ -9,11 +9,24 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 import miram
 from miram.engine.errors import UserError
-from miram.pretrain.encoder import EncoderCard, build_encoder, card_for, load_encoder, random_like, save_encoder
+from miram.pretrain.config import ScaleSection
+from miram.pretrain.encoder import (
+    EncoderCard,
+    build_encoder,
+    card_for,
+    encode_visible,
+    load_encoder,
+    normalisation,
+    random_like,
+    save_encoder,
+    set_channels,
+)
+from miram.pretrain.miram import Miram
 
 SHAPE = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
@@ -102,3 +115,132 @@ def test_missing_or_foreign_weights_are_refused_by_name(saved: Path, tmp_path: P
     (saved / "encoder.safetensors").write_bytes(b"not tensors")
     with pytest.raises(UserError, match=r"encoder\.safetensors"):
         load_encoder(saved)
+
+
+# ---------------------------------------------------------------------------------------------- registers, rotation
+
+NARROW = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+MODERN = {  # name: patch, options
+    "vit_small_patch14_dinov2": (14, {}),
+    "vit_small_patch14_reg4_dinov2": (14, {}),
+    "vit_small_patch16_dinov3": (16, {}),
+    "vit_small_patch16_rope_mixed_ape_224": (
+        16,
+        {"global_pool": "token"},
+    ),  # rotary, learnt by each block, and absolute
+    "eva02_tiny_patch14_224": (14, {"global_pool": "token"}),
+}
+
+
+def modern(name: str) -> tuple[VisionTransformer | Eva, int]:
+    patch, options = MODERN[name]
+    torch.manual_seed(5)
+    vit = build_encoder(card_for(name, (2 * patch, 3 * patch), {**NARROW, **options}))
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return vit.eval(), patch
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_all_patches_are_the_vit_itself(name: str) -> None:
+    vit, patch = modern(name)
+    images = torch.randn(2, 1, 2 * patch, 3 * patch)
+    everything = torch.arange(6).expand(2, 6)
+    torch.testing.assert_close(encode_visible(vit, images, everything), vit.forward_features(images))
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_visible_patches_are_the_whole_with_the_others_never_attended_to(name: str) -> None:
+    """Brute force: every token is computed, hidden ones are masked as keys in every block."""
+    vit, patch = modern(name)
+    images, prefix = torch.randn(2, 1, 2 * patch, 3 * patch), vit.num_prefix_tokens
+    ids_keep = torch.tensor([[5, 0, 2], [3, 1, 4]])
+    seen = torch.zeros(2, 1, 1, prefix + 6, dtype=torch.bool)
+    seen[..., :prefix] = True
+    for row, ids in enumerate(ids_keep):
+        seen[row, ..., prefix + ids] = True
+    whole = vit.forward_features(images, attn_mask=seen.expand(-1, -1, prefix + 6, -1))
+    expected = torch.stack([torch.cat([w[:prefix], w[prefix + ids]]) for w, ids in zip(whole, ids_keep, strict=True)])
+    torch.testing.assert_close(encode_visible(vit, images, ids_keep), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_they_learn_through_miram_with_no_dead_parameter(name: str) -> None:
+    vit, patch = modern(name)
+    model = Miram(vit, [ScaleSection(scale=1, depth=1, width=16, heads=2)], mask_ratio=0.5)
+    model.train()({"view/1": torch.randn(2, 1, 2 * patch, 3 * patch), "noise": torch.rand(2, 6)}).sum().backward()
+    dead = [key for key, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert dead == []
+    assert all(not p.requires_grad for key, p in vit.named_parameters() if key == "pos_embed")
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_they_come_back_from_their_file_and_timm_alone_loads_it(name: str, tmp_path: Path) -> None:
+    vit, patch = modern(name)
+    card = card_for(name, (2 * patch, 3 * patch), {**NARROW, **MODERN[name][1]})
+    save_encoder(tmp_path, vit, card)
+    images = torch.randn(2, 1, 2 * patch, 3 * patch)
+    alone = timm.create_model(card.architecture, **card.kwargs).eval()
+    alone.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=True)
+    for loaded in (load_encoder(tmp_path), alone):
+        torch.testing.assert_close(loaded(images), vit(images))
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3"])
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    vit, patch = modern(name)
+    images, ids_keep = torch.randn(2, 1, 2 * patch, 3 * patch), torch.tensor([[5, 0, 2], [3, 1, 4]])
+    gradients = []
+    for recompute in (False, True):
+        vit.zero_grad()
+        vit.set_grad_checkpointing(recompute)
+        encode_visible(vit, images, ids_keep).square().sum().backward()
+        gradients.append({key: p.grad.clone() for key, p in vit.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient)
+
+
+def test_a_model_without_positions_is_refused() -> None:
+    with pytest.raises(UserError, match="positions"):
+        build_encoder(card_for("vit_tiny_patch16_224", (32, 32), {"depth": 1, "pos_embed": "none"}))
+
+
+# ---------------------------------------------------------------------------------------------- channels
+
+COLOUR = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def colour_vit() -> VisionTransformer:
+    torch.manual_seed(6)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, **SHAPE).eval()
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **COLOUR}
+    return vit
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_grey_pictures_give_any_number_of_channels_what_they_gave_three(channels: int) -> None:
+    """Each normalised by its own model: three unequal means and deviations, one mean and deviation."""
+    vit, grey = colour_vit(), torch.rand(2, 1, 32, 32)
+    mean, std = (torch.tensor(COLOUR[key])[:, None, None] for key in ("mean", "std"))
+    before = vit((grey.expand(-1, 3, -1, -1) - mean) / std)
+    plain = vit.patch_embed.proj.weight.sum(1)
+    set_channels(vit, channels)
+    pixels = grey.expand(-1, channels, -1, -1)
+    after = vit(torch.stack([torch.from_numpy(normalisation(vit)(picture.numpy().copy())) for picture in pixels]))
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vit.patch_embed.proj.weight.sum(1), plain, atol=0.05 * plain.abs().max().item(), rtol=0)
+
+
+def test_timm_s_own_weights_are_the_same_for_grey_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `timm:NAME` gives to a probe."""
+    source, downloaded = colour_vit(), colour_vit()
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: downloaded)
+    vit, grey = load_encoder("timm:vit_tiny_patch16_224"), torch.rand(1, 1, 32, 32)
+    mean, std = (torch.tensor(COLOUR[key])[:, None, None] for key in ("mean", "std"))
+    expected = source((grey.expand(-1, 3, -1, -1) - mean) / std)
+    assert vit.patch_embed.proj.in_channels == 1
+    torch.testing.assert_close(
+        vit(torch.from_numpy(normalisation(vit)(grey.numpy().copy()))), expected, atol=1e-5, rtol=1e-5
+    )

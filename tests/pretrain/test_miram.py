@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from miram.pretrain.attention import build_attention
 from miram.pretrain.config import ScaleSection
 from miram.pretrain.decoder import Decoder, UpsampleTokens, divide
 from miram.pretrain.encoder import build_encoder, card_for, encode_visible, sincos_positions
@@ -114,13 +115,13 @@ def test_bilinear_upsampling_keeps_a_plane_a_plane() -> None:
 
 
 def test_positions_are_mae_s_sines_and_cosines() -> None:
-    """As in MAE's appendix but for the order of channels: a quarter each for sine and cosine of row and column."""
-    positions = sincos_positions((3, 5), 16)[0].reshape(3, 5, 2, 2, 4)
-    omega = 1 / 10000 ** (torch.arange(4) / 4)
+    """By hand, in the order of MAE's released weights: a quarter each sine and cosine of the column, then of the row."""
+    positions = sincos_positions((3, 5), 16)[0].reshape(3, 5, 16).numpy()
+    omega = 1 / 10000 ** (np.arange(4) / 4)
     for i in range(3):
         for j in range(5):
-            by_hand = [[torch.sin(i * omega), torch.sin(j * omega)], [torch.cos(i * omega), torch.cos(j * omega)]]
-            torch.testing.assert_close(positions[i, j], torch.stack([torch.stack(axes) for axes in by_hand]))
+            by_hand = [np.sin(j * omega), np.cos(j * omega), np.sin(i * omega), np.cos(i * omega)]
+            np.testing.assert_allclose(positions[i, j], np.concatenate(by_hand), atol=1e-6)
 
 
 def test_learned_upsampling_has_a_matrix_for_each_place() -> None:
@@ -140,6 +141,17 @@ def test_decoder_gives_one_token_a_fine_patch() -> None:
     x = decoder(torch.randn(2, 7, 24))
     assert x.shape == (2, 54, 16)
     assert decoder.head(x).shape == (2, 54, 256)
+
+
+def test_every_other_block_shifts_its_windows() -> None:
+    decoder = Decoder(scale(2, attention="window", depth=3, options={"window": 4}), 16, (4, 6), 1, 256)
+    even = build_attention("window", 16, 2, (8, 12), 1, window=4)
+    odd = build_attention("window", 16, 2, (8, 12), 1, window=4, shift=True)
+    x = torch.randn(1, 97, 16)
+    for block, alike in zip(decoder.blocks, (even, odd, even), strict=True):
+        alike.load_state_dict(block.attn.state_dict())
+        torch.testing.assert_close(block.attn(x), alike(x))
+    assert not torch.allclose(odd(x), even(x))
 
 
 @pytest.mark.parametrize(

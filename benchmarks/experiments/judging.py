@@ -1,0 +1,78 @@
+"""How an encoder is judged: frozen tokens of every square, a linear and an attentive probe on either label.
+
+    CELL/judged.json    per "TASK/PROBE": value, (R,) bootstrap samples, C of the linear probe's folds
+
+Legend: n images, N tokens with the class token, D channels, R bootstrap samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from miram.data.shards import ShardDataset
+from miram.data.views import windows
+from miram.engine.files import write_json
+from miram.engine.launch import device
+from miram.engine.metrics import Floats, bootstrap_scores, patient_bootstrap, score
+from miram.finetune.attentive import Tokens, fit_attentive
+from miram.finetune.linear import Fold, Task, grouped_folds, judge, read_task
+from miram.pretrain.encoder import normalisation
+
+JUDGED = "miram.experiment.judged/1"
+TASKS, PROBES = ("calc", "margin"), ("linear", "attentive")
+C_GRID = (0.001, 0.01, 0.1, 1.0)
+FOLDS, INNER, REPLICATES, SEED = 2, 3, 1000, 0
+
+
+def judge_encoder(vit: VisionTransformer, shards: ShardDataset, out: Path) -> None:
+    """Write what both probes make of the encoder on both tasks; patients and bootstrap samples are always the same."""
+    tokens = tokens_of(vit, shards)
+    judged: dict[str, object] = {}
+    for name in TASKS:
+        task = read_task(shards, name)
+        splits = list(grouped_folds(task.truth, task.patients, FOLDS, SEED, task))
+        weights = patient_bootstrap(task.truth, task.patients, REPLICATES, SEED)
+        linear, chosen = by_linear(tokens, task, splits)
+        for probe, p in (("linear", linear), ("attentive", by_attentive(tokens, task, splits))):
+            samples = bootstrap_scores(task.metric, task.truth, p, weights)
+            judged[f"{name}/{probe}"] = {
+                "value": score(task.metric, task.truth, p),
+                "samples": samples.tolist(),
+                "c": chosen if probe == "linear" else None,
+            }
+    write_json(out, JUDGED, judged)
+
+
+@torch.inference_mode()
+def tokens_of(vit: VisionTransformer, shards: ShardDataset, batch: int = 64) -> Tokens:
+    """(n, N, D) tokens of every square at the encoder's own size; a square gives one window."""
+    normalise, on = normalisation(vit), device()
+    vit = vit.eval().to(on)
+    size = vit.patch_embed.img_size
+    assert size is not None
+    parts = []
+    for start in range(0, len(shards), batch):
+        of = [windows(shards[i], size, normalise) for i in range(start, min(start + batch, len(shards)))]
+        parts.append(vit.forward_features(torch.cat(of).to(on)).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def by_linear(tokens: Tokens, task: Task, splits: list[Fold]) -> tuple[Floats, list[float]]:
+    """(n, 2) probabilities from class token and mean patch token together, each image judged out of fold; and C."""
+    features = np.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], axis=1)
+    judgement = judge(features, task, splits, C_GRID, INNER, SEED)
+    probabilities = np.empty_like(judgement.probabilities)
+    probabilities[judgement.images] = judgement.probabilities
+    return probabilities, list(judgement.chosen_c)
+
+
+def by_attentive(tokens: Tokens, task: Task, splits: list[Fold]) -> Floats:
+    """(n, 2) probabilities, each image judged out of fold."""
+    probabilities = np.empty((len(tokens), len(task.classes)))
+    for fit, rest in splits:
+        probabilities[rest] = fit_attentive(tokens[fit], task.truth[fit], seed=SEED).predict(tokens[rest])
+    return probabilities

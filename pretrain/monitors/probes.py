@@ -1,0 +1,109 @@
+"""What frozen features say of a label while a training runs: a figure to watch, not to report.
+
+No C is chosen, no interval drawn, and few images are read. `miram probe` makes the figure for a paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from ...data.shards import ShardDataset
+from ...engine.errors import UserError
+from ...engine.metrics import Ints, score
+from .album import spread
+
+LEAST_FOLDS, MOST_FOLDS = 3, 5
+C = 0.1
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's k-NN (Caron et al. 2021, section 4.1)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images with a label: rows of their data set, class and patient of each."""
+
+    task: str
+    rows: list[int]
+    truth: Ints  # (n,) classes 0 … k-1
+    patients: NDArray[np.str_]  # (n,)
+
+    @classmethod
+    def of(cls, shards: ShardDataset, task: str, most: int) -> Labelled:
+        """At most so many of the images that have the label, evenly spread over the data set.
+
+        Raises:
+            UserError: no image has such a label, all have the same, or a class has too few patients.
+        """
+        if task not in shards.tasks:
+            known = ", ".join(shards.tasks) or "nothing, the data has no labels"
+            raise UserError(f"monitor.task: the data has no label {task!r}; it can be: {known}")
+        labels = np.array(shards.labels(task))
+        labelled = np.flatnonzero(labels != "")
+        rows = labelled[spread(len(labelled), most)]
+        classes, truth = np.unique(labels[rows], return_inverse=True)
+        patients = np.array(
+            ["/".join(pair) for pair in zip(*map(shards.rows.column, ("dataset", "patient")), strict=True)]
+        )
+        found = cls(task, rows.tolist(), truth, patients[rows])
+        found.refuse_too_few(classes)
+        return found
+
+    @property
+    def folds(self) -> int:
+        """Folds of patients: five, or as many as the rarest class has patients."""
+        classes = range(int(self.truth.max()) + 1)
+        return min(MOST_FOLDS, *(len(np.unique(self.patients[self.truth == k])) for k in classes))
+
+    def refuse_too_few(self, classes: NDArray[np.str_]) -> None:
+        """Raises: UserError: there is nothing to tell apart, or a class has too few patients."""
+        found = f"monitor.task={self.task}: of the {len(self.rows)} images looked at"
+        if len(classes) < 2:
+            raise UserError(f"{found} every one is {str(classes[0])!r}; choose another task, or raise monitor.images")
+        if self.folds < LEAST_FOLDS:
+            raise UserError(
+                f"{found} those of a class are of {self.folds} patients, fewer than {LEAST_FOLDS}; raise "
+                "monitor.images if there are more, or choose another task"
+            )
+
+    def __call__(self, features: NDArray[np.float32], read: list[int]) -> dict[str, float]:
+        """The figures of (m, D) features of the images at places `read`: AUC of two classes, else balanced accuracy.
+
+        Every image is judged by a fit on other patients. Nothing where a class is left without images.
+        """
+        truth, patients = self.truth[read], self.patients[read]
+        k = len(np.unique(self.truth))
+        if len(np.unique(truth)) < k:
+            return {}
+        folds = list(StratifiedGroupKFold(self.folds, shuffle=True, random_state=0).split(features, truth, patients))
+        neighbours = make_pipeline(StandardScaler(), nearest_neighbours(min(len(fit) for fit, _ in folds)))
+        figures = {}
+        for name, model in (("probe", linear_probe()), ("knn", neighbours)):
+            judged = cross_val_predict(model, features, truth, cv=folds, method="predict_proba")
+            figures[f"{name}/{self.task}"] = score("AUC" if k == 2 else "balanced accuracy", truth, judged)
+        return figures
+
+
+def linear_probe() -> Pipeline:
+    """Logistic regression on standardised features."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000, class_weight="balanced"))
+
+
+def nearest_neighbours(fitted: int) -> KNeighborsClassifier:
+    """Each of the nearest k votes exp(cosine / T), as in DINO, which is exp(-distance / T) up to a common factor.
+
+    Unlike there, it is given standardised features: those of a masked autoencoder share so large a mean that every
+    cosine is near one, and the votes know nothing (measured: chance, against that of the linear probe).
+    """
+    return KNeighborsClassifier(min(NEIGHBOURS, fitted), metric="cosine", weights=votes)
+
+
+def votes(distances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights of neighbours at cosine distances, relative to the nearest so that none underflows."""
+    return np.exp((distances.min(-1, keepdims=True) - distances) / TEMPERATURE)

@@ -1,0 +1,251 @@
+"""`miram plan CONFIG`: what a pretraining costs, before an hour is spent on it.
+
+No data is opened and nothing is computed but a few attentions, which are timed. `count` runs the configured step on
+tensors without numbers; the rows of the other attentions come from the same step with that one decoder changed and
+the rest of the model cut down to single blocks, compared with the configured attention in the same setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..engine.config import load
+from ..engine.errors import UserError, one_line
+from ..engine.files import write_json
+from ..engine.loop import Objective, split_batch
+from .attention import ATTENTIONS, Attention, build_attention
+from .build import build_miram, seeded_encoder, with_backend
+from .config import PretrainConfig, ScaleSection
+from .count import Cost, count
+from .encoder import card_for
+from .moco_v3 import build_moco
+from .plan_tables import show
+from .timing import machine, time_attention
+
+PLAN = "miram.plan/1"
+CARDS = (8, 24, 80, 141)  # GB
+HEADROOM = 0.9  # of a card may be filled: context, workspaces and fragmentation are not counted
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model; figures an image."""
+
+    name: str
+    parameters: int
+    sequences: int
+    tokens: int
+    forward_flops: int
+    backward_flops: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a step at the configured micro-batch."""
+
+    weights: int
+    gradients: int
+    moments: int
+    batch: int
+    kept: int
+    copies: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A decoder with one of the attentions; figures an image but `peak_bytes`, of the whole step."""
+
+    attention: str
+    configured: bool
+    refused: str = ""
+    parameters: int = 0
+    forward_flops: int = 0
+    backward_flops: int = 0
+    kept_bytes: int = 0
+    peak_bytes: int = 0
+    seconds: float | None = None
+    extrapolated: bool = False
+    fastest: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it."""
+
+    objective: str
+    precision: str
+    micro_batch: int
+    batch: int
+    parts: list[Part]
+    memory: Memory
+    cards: dict[int, int]
+    """GB -> largest micro-batch that fits, 0 if none"""
+    variants: dict[str, list[Variant]]
+    """by decoder"""
+    timed_on: str | None
+
+
+def plan(config: str, arguments: Sequence[str] = (), *, timed: bool = True, json: Path | None = None) -> Plan:
+    """`miram plan CONFIG --a.b=value …`.
+
+    Args:
+        timed: time the attentions on this machine; otherwise the fewest operations count as fastest.
+        json: file that gets the same figures.
+
+    Raises:
+        UserError: the configuration is not usable.
+    """
+    settings = countable(load(PretrainConfig, config, arguments))
+    cost = cost_of(settings)
+    micro_batch, accumulation = split_batch(settings.train, world=1)
+    batch = micro_batch * accumulation
+    found = Plan(
+        objective=settings.objective,
+        precision=settings.train.precision,
+        micro_batch=micro_batch,
+        batch=batch,
+        parts=list(parts_of(cost)),
+        memory=memory_of(cost, micro_batch, batch),
+        cards={gb: cost.largest_micro_batch(HEADROOM * gb * 1e9, batch) for gb in CARDS},
+        variants=compare(settings, cost, timed) if settings.objective == "miram" else {},
+        timed_on=machine() if timed and settings.objective == "miram" else None,
+    )
+    show(found)
+    if json is not None:
+        write_json(json, PLAN, asdict(found))
+    return found
+
+
+def cost_of(settings: PretrainConfig) -> Cost:
+    """Counted with one channel: the data, which may have others, stay closed."""
+    card = card_for(settings.model.encoder, settings.model.size, {"in_chans": 1} | settings.model.encoder_options)
+
+    def build() -> Objective:
+        if settings.objective == "moco_v3":
+            return build_moco(settings, card)
+        return build_miram(settings.model, seeded_encoder(settings, card))
+
+    return count(build, settings.train.precision)
+
+
+def countable(settings: PretrainConfig) -> PretrainConfig:
+    """xformers has no fake kernels; it keeps what torch's own fused attention keeps, which is counted instead."""
+
+    def fused(section: ScaleSection) -> ScaleSection:
+        if section.options.get("backend") != "xformers":
+            return section
+        return section.model_copy(update={"options": {**section.options, "backend": "sdpa"}})
+
+    model = settings.model
+    backend = "sdpa" if model.attention_backend == "xformers" else model.attention_backend
+    scales = tuple(fused(section) for section in model.scales)
+    return with_model(settings, attention_backend=backend, scales=scales)
+
+
+def with_model(settings: PretrainConfig, **changes: Any) -> PretrainConfig:
+    """The configuration with other values in `model`."""
+    return settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
+
+
+def parts_of(cost: Cost) -> Iterator[Part]:
+    """Rows of the model."""
+    for name in dict.fromkeys([*cost.parameters, *cost.held]):
+        sequences, tokens, _ = cost.sequences.get(name, (0, 0, 0))
+        counted = (cost.parameters[name], sequences, tokens, cost.forward[name], cost.backward[name], cost.held[name])
+        yield Part(name, *counted)
+
+
+def memory_of(cost: Cost, micro_batch: int, batch: int) -> Memory:
+    """What lies on the device, and the most of it at once."""
+    return Memory(
+        weights=cost.weights,
+        gradients=cost.trainable,
+        moments=2 * cost.trainable,
+        batch=batch * cost.inputs,
+        kept=micro_batch * cost.held.total(),
+        copies=cost.fixed,
+        peak=cost.peak(micro_batch, batch),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- other attentions
+
+
+def compare(settings: PretrainConfig, cost: Cost, timed: bool) -> dict[str, list[Variant]]:
+    """Every attention in every decoder that has one."""
+    return {
+        f"decoders.{section.scale}": mark_fastest(variants_of(settings, cost, index, timed))
+        for index, section in enumerate(settings.model.scales)
+        if section.tokens == "upsampled"
+    }
+
+
+def variants_of(settings: PretrainConfig, cost: Cost, index: int, timed: bool) -> list[Variant]:
+    """One decoder with each attention: the configured one as it is, others with their default options."""
+    section = settings.model.scales[index]
+    base = cost_of(cut_down(settings, index, section))
+    found = []
+    for name in ATTENTIONS:
+        own = name == section.attention
+        changed = section if own else section.model_copy(update={"attention": name, "options": {}})
+        try:
+            other = base if own else cost_of(cut_down(settings, index, changed))
+        except (UserError, ValueError) as error:
+            found.append(Variant(name, configured=False, refused=one_line(str(error))))
+            continue
+        variant = counted(settings, changed, cost, base, other)
+        found.append(time_variant(settings, changed, other, variant) if timed else variant)
+    return [replace(variant, configured=variant.attention == section.attention) for variant in found]
+
+
+def cut_down(settings: PretrainConfig, index: int, section: ScaleSection) -> PretrainConfig:
+    """The decoder in question whole, single blocks everywhere else, which no figure of it depends on."""
+    scales = [
+        section if i == index else other.model_copy(update={"depth": 1})
+        for i, other in enumerate(settings.model.scales)
+    ]
+    options = {**settings.model.encoder_options, "depth": 1}
+    return with_model(settings, scales=tuple(scales), encoder_options=options)
+
+
+def counted(settings: PretrainConfig, section: ScaleSection, cost: Cost, base: Cost, other: Cost) -> Variant:
+    """Figures of the decoder, and the peak of the whole step: that of the configuration plus the difference."""
+    part = f"decoders.{section.scale}"
+    micro_batch, accumulation = split_batch(settings.train, world=1)
+    peak = partial(Cost.peak, micro_batch=micro_batch, batch=micro_batch * accumulation)
+    return Variant(
+        attention=section.attention,
+        configured=other is base,
+        parameters=other.parameters[part],
+        forward_flops=other.forward[part],
+        backward_flops=other.backward[part],
+        kept_bytes=other.held[part],
+        peak_bytes=peak(cost) + peak(other) - peak(base),
+    )
+
+
+def time_variant(settings: PretrainConfig, section: ScaleSection, cost: Cost, variant: Variant) -> Variant:
+    """With the seconds of one of its attentions."""
+    decoder = cost.objective.get_submodule(f"decoders.{section.scale}")
+    like = next(module for module in decoder.modules() if isinstance(module, Attention))
+    options = with_backend(section, settings.model.attention_backend).options
+
+    def build(grid: tuple[int, int]) -> Attention:
+        return build_attention(section.attention, like.dim, like.num_heads, grid, like.prefix_tokens, **options)
+
+    sequences = cost.sequences[f"decoders.{section.scale}"][0]
+    timing = time_attention(build, section.attention, sequences, like.grid, settings.train.precision)
+    return replace(variant, seconds=timing.seconds, extrapolated=timing.extrapolated)
+
+
+def mark_fastest(variants: list[Variant]) -> list[Variant]:
+    """Least time where it was taken, else fewest operations."""
+    able = [variant for variant in variants if not variant.refused]
+    best = min(able, key=lambda v: v.seconds if v.seconds is not None else v.forward_flops + v.backward_flops)
+    return [replace(variant, fastest=variant is best) for variant in variants]
