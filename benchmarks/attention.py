@@ -7,14 +7,12 @@ Everything in ATTENTIONS runs with its default options on square grids. The cont
 ratio is the median over the rounds of the ratio within a round, so that whatever else the machine does hits all alike.
 On a GPU time is that between two CUDA events; on one thread it is the process's own (others on the machine cannot
 stretch it), on several it is the clock's. `no mixing` is the projections alone, the floor of every variant. What makes
-a decoder's block of an attention (norms, MLP, sums) races as `rest of block`; `block` is a variant's time plus that,
-and `share` the part of it that is attention.
+a decoder's block of an attention (norms, MLP, sums) races as `rest of block`; `block` adds it, `share` is attention's.
 
-FLOPs (matrix products and convolutions, forward) and saved bytes (storages that autograd keeps, weights left out) are
-counted on tensors without contents, as the CPU's kernels have it. Peak memory is measured, and only on a GPU. The error
-is that of the mixed values against exact softmax where queries, keys and values are a coarse random grid enlarged twice
-and logits have deviation 1; any convolution of the values is set to zero. It is there for information: how far a
-variant is from softmax says little about how well it trains.
+FLOPs (matrix products and convolutions, forward) and saved bytes (storages that autograd keeps, weights left out but
+not their bf16 copies) are counted on tensors without contents, through the CPU's kernels; peak memory is measured, on a
+GPU only. The error, for information, is that of the mixed values against exact softmax, convolutions silenced, where Q,
+K and V are a coarse random grid enlarged twice and logits have deviation 1.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -48,8 +46,7 @@ from miram.pretrain.attention.base import Attention, Grid
 BASE, FLOOR, REST = "softmax", "no mixing", "rest of block"
 EAGER, XFORMERS = "softmax/eager", "softmax/xformers"  # raced on a GPU, where they can run
 LINEAR = [name for name in ATTENTIONS if name != BASE]
-GOAL_TOKENS, GOALS, HOPPER = 16384, {"cpu": 12.0, "cuda": 4.0}, 9
-MOST_EXPONENT = 1.05
+GOAL_TOKENS, GOALS, HOPPER, MOST_EXPONENT = 16384, {"cpu": 12.0, "cuda": 4.0}, 9, 1.05
 DECODER_GRIDS = (14, 28, 56, 112)  # 224 to 1,792 pixels in patches of 16
 HEADER = ["", "median ms", "best ms", "x softmax", "GFLOP", "saved MB", "peak MB", "error"]
 HEADER += ["|", "block ms", "x softmax", "share"]
@@ -165,7 +162,7 @@ def seconds(run: Step, device: str) -> float:
         begin = clock()
         run()
         return clock() - begin
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
     run()
@@ -200,33 +197,30 @@ def peak_bytes(run: Step) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def enter(name: str, setting: Setting, side: int) -> tuple[Figures, nn.Module, Step]:
-    """A contender: what is measured once, and what the rounds run."""
-    module = build(name, setting, (side, side)).to(setting.device)
-    step = training_step(module, setting, side * side)
-    peak = peak_bytes(step) if setting.device == "cuda" else None
-    shape = (setting.batch, side * side, setting.width)
-    counted = (0, 0) if name == XFORMERS else count(module, shape, setting)  # its kernels have no CPU to count on
-    return Figures(*counted, peak), module, step
-
-
 def race(names: list[str], setting: Setting, side: int, repeats: int) -> Race:
     """Every figure of every contender that can run at N = side * side."""
-    entered = {}
+    found: Race = {}
+    modules: dict[str, nn.Module] = {}
+    steps: dict[str, Step] = {}
     for name in names:
         try:
-            entered[name] = enter(name, setting, side)
+            module = build(name, setting, (side, side)).to(setting.device)
+            step = training_step(module, setting, side * side)
+            peak = peak_bytes(step) if setting.device == "cuda" else None
+            x = (setting.batch, side * side, setting.width)
+            counted = (0, 0) if name == XFORMERS else count(module, x, setting)  # it has no CPU kernels to count on
+            modules[name], steps[name], found[name] = module, step, Figures(*counted, peak)
         except (RuntimeError, ImportError, ValueError, UserError) as error:  # no memory, no library, no kernel
             if name not in (EAGER, XFORMERS):
                 raise
             print(f"{name} is left out at N = {side * side:,}: {str(error).partition(chr(10))[0]}")
     for _ in range(repeats):
-        for figures, _, step in entered.values():
-            figures.times.append(seconds(step, setting.device))
-    for name, (figures, module, _) in entered.items():
+        for name, step in steps.items():
+            found[name].times.append(seconds(step, setting.device))
+    for name, module in modules.items():
         if name in LINEAR and isinstance(module, Attention):
-            figures.error = error_of(module, setting, side)
-    return {name: figures for name, (figures, *_) in entered.items()}
+            found[name].error = error_of(module, setting, side)
+    return found
 
 
 def speedup(base: list[float], other: list[float]) -> float:
@@ -260,35 +254,29 @@ def exponents(races: dict[int, Race], name: str) -> tuple[float, float]:
     return float(flops), float(saved)
 
 
-def print_growth(races: dict[int, Race], linear: list[str]) -> None:
+def growth_table(races: dict[int, Race], linear: list[str]) -> str:
     """How costs grow, and where each variant starts to pay."""
     rows = [["", "FLOP exponent", "saved exponent", "faster than softmax from N ="]]
     for name in (BASE, *linear):
-        flops, saved = exponents(races, name)
         wins = [N for N, found in races.items() if speedup(found[BASE].times, found[name].times) > 1]
-        rows.append([name, f"{flops:.3f}", f"{saved:.3f}", f"{min(wins):,}" if wins else "none"])
-    print(f"\n{table(*rows)}\n")
-    for name in linear:
+        rows.append([name, *(f"{slope:.3f}" for slope in exponents(races, name)), f"{min(wins):,}" if wins else "-"])
+    return table(*rows)
+
+
+def verdicts(races: dict[int, Race], linear: list[str], device: str) -> Iterator[tuple[bool, str]]:
+    """Whether the goals that these races can speak of are met; those on a GPU are for Hopper cards."""
+    for name in linear if len(races) > 1 else ():
         most = max(exponents(races, name))
-        verdict(most <= MOST_EXPONENT, f"{name}: exponents of at most {most:.3f}, goal {MOST_EXPONENT}")
-
-
-def judge(found: Race, linear: list[str], device: str) -> None:
-    """Time and, on a GPU, memory against fused softmax at the N of the goal."""
-    if device == "cuda" and torch.cuda.get_device_capability()[0] != HOPPER:
-        print("no goal is set for this card")
+        yield most <= MOST_EXPONENT, f"{name}: exponents of at most {most:.3f}, goal {MOST_EXPONENT}"
+    if GOAL_TOKENS not in races or (device == "cuda" and torch.cuda.get_device_capability()[0] != HOPPER):
         return
-    goal, base = GOALS[device], found[BASE]
+    found, goal = races[GOAL_TOKENS], GOALS[device]
     for name in linear:
-        ratio, peak = speedup(base.times, found[name].times), found[name].peak
-        verdict(ratio >= goal, f"{name}: {ratio:.1f} times as fast as SDPA at N = {GOAL_TOKENS:,}, goal {goal:g}")
-        if base.peak is not None and peak is not None:
-            verdict(peak <= base.peak, f"{name}: {peak / 1e6:.0f} MB at the peak, SDPA {base.peak / 1e6:.0f}")
-
-
-def verdict(passed: bool, text: str) -> None:
-    """A line to look for."""
-    print(f"{'PASS' if passed else 'FAIL'}  {text}")
+        one, base = found[name], found[BASE]
+        ratio = speedup(base.times, one.times)
+        yield ratio >= goal, f"{name}: {ratio:.1f} times as fast as SDPA at N = {GOAL_TOKENS:,}, goal {goal:g}"
+        if one.peak is not None and base.peak is not None:
+            yield one.peak <= base.peak, f"{name}: {one.peak / 1e6:.0f} MB at the peak, SDPA {base.peak / 1e6:.0f}"
 
 
 def saved_table(names: list[str]) -> str:
@@ -322,12 +310,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: under autocast")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--tokens", default="1024,4096,9216,16384", help="squares of even numbers")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    for option, default in (("width", 512), ("heads", 16), ("batch", 1), ("repeats", 5)):
+        parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--only", default=",".join(LINEAR), help="variants that race against softmax")
     parser.add_argument("--out", type=Path, help="write every figure here, as JSON")
     return parser.parse_args()
@@ -340,8 +326,7 @@ def main() -> None:
     linear = options.only.split(",")
     backends = [EAGER, XFORMERS] if setting.device == "cuda" else []
     where = machine(setting.device)
-    print(f"{where}\n{setting}; {options.repeats} rounds")
-    print("\n".join(f"{name}: {options_of(name)}" for name in linear))
+    print(where, f"{setting}; {options.repeats} rounds", *(f"{name}: {options_of(name)}" for name in linear), sep="\n")
     names = [BASE, *backends, *linear, FLOOR, REST]
     race(names, setting, 16, 2)  # warm up
     races: dict[int, Race] = {}
@@ -351,9 +336,9 @@ def main() -> None:
         print(f"\nN = {side * side:,} ({side} x {side}); error of the mean of all values: {mean_error:.2f}")
         print(table(HEADER, *(cells(races[side * side], name) for name in races[side * side])), flush=True)
     if len(races) > 1:
-        print_growth(races, linear)
-    if GOAL_TOKENS in races:
-        judge(races[GOAL_TOKENS], linear, setting.device)
+        print(f"\n{growth_table(races, linear)}\n")
+    for passed, text in verdicts(races, linear, setting.device):
+        print(f"{'PASS' if passed else 'FAIL'}  {text}")
     print("\nMB saved for backward: one image, fp32, width 512, 16 heads, one prefix token; counted, nothing was run")
     print(saved_table([BASE, EAGER, *linear, REST]))
     if options.out:

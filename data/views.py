@@ -59,7 +59,7 @@ class MultiScaleViews:
         mirrored = self.crop.flip and rng.random() < 0.5
         sizes = {s: (s * self.size[0], s * self.size[1]) for s in self.scales}
         finest = resize(sample.pixels, box, sizes[max(self.scales)], mirrored)
-        breast = finest.any(axis=0, keepdims=True).astype(np.float32) if self.tissue else finest
+        breast: Array = (finest != 0).any(0)[None].astype(np.float32) if self.tissue else finest
         tissue = {f"tissue/{s}": area_down(breast, grid).ravel() for s, grid in self.tissue.items()}
         finest = self.normalise(finest, sample.max_value)
         views = {f"view/{s}": area_down(finest, size) for s, size in sizes.items()}

@@ -8,6 +8,7 @@ change nothing but rounding. Everything random is seeded by what it is for, so p
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from typing import Annotated, Any, Literal, Protocol
@@ -157,7 +158,7 @@ class Trainer:
                 tracker.advance(self.step)
                 looking = self.monitor is not None and self.due(self.monitor.every)
                 if looking or self.due(self.section.log_every):
-                    self.log(tracker, metrics, self.look() if looking else {})
+                    self.log(tracker, metrics, self.look(tracker) if looking else {})
                 stopping = signals.agreed(self.accelerator) and self.step < self.steps
                 if stopping or self.due(self.section.checkpoint_every):
                     self.save()
@@ -170,12 +171,14 @@ class Trainer:
         """Whether something done every so many steps, and at the end, is to be done now."""
         return self.step == self.steps or (every is not None and self.step % every == 0)
 
-    def look(self) -> dict[str, float]:
+    def look(self, tracker: Tracker) -> dict[str, float]:
         """What the monitor sees; nothing on other ranks than the main one, which wait."""
         assert self.monitor is not None
+        began = time.perf_counter()
         with torch.random.fork_rng():  # the training must not notice
             looked = self.monitor(self.step) if self.accelerator.is_main_process else {}
         self.accelerator.wait_for_everyone()
+        tracker.leave_out(time.perf_counter() - began)
         return looked
 
     def learn(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ RUN/metrics.jsonl            one object a logged step, flushed line by line
 RUN/checkpoints/step-…/      see checkpoint.py
 RUN/encoder.safetensors      pretraining's product, with encoder.json beside it
 RUN/result.json              an evaluation's figures
-RUN/figures/*.png            pictures, with captions.json
+RUN/figures/*.png            pictures, with captions.json; in steps/ those of earlier steps
 RUN/report.html
 """
 

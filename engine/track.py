@@ -90,6 +90,10 @@ class Tracker:
         self._clock, self._clock_step = now, step
         return rate
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that was spent on something else than steps."""
+        self._clock += seconds
+
     def show(self, line: Mapping[str, float]) -> None:
         """A logged step, in a few figures."""
         note = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_s']:.0f} images/s"

@@ -5,8 +5,9 @@ Mean pooling dilutes a finding of one patch by the number of patches; a query th
 an input-independent query the key and value projections of cross-attention fold into the query and the head, so
 neither is written here: with a few hundred labelled patients every parameter that adds nothing costs accuracy.
 
-The recipe is fixed, nothing is chosen on any fold: tokens standardised channel by channel on the training images,
-classes weighted to balance, AdamW with a one-cycle cosine, decay on the head alone.
+The recipe is fixed, nothing is chosen on any fold: tokens whitened on the training images, classes weighted to
+balance, AdamW with a one-cycle cosine, decay on the head alone. Whitened, because a few directions hold nearly all of
+the variance of a young encoder's tokens (measured: four hold nine tenths), and descent would see nothing else.
 
 Legend: n images, N tokens, D channels, h queries, k classes.
 """
@@ -26,26 +27,21 @@ from ..engine.seeding import stable_seed
 
 QUERIES, EPOCHS, BATCH = 4, 40, 64
 LR, WEIGHT_DECAY = 3e-3, 0.3
+RIDGE = 1e-3  # added to the eigenvalues of the channels' correlation before they are evened out
 CHUNK = 512  # images judged at once
 
 Tokens = NDArray[np.float32]  # (n, N, D)
 
 
 class AttentiveProbe(nn.Module):
-    """Standardise tokens, let every query pool them, classify what the queries pooled.
-
-    Args:
-        dim: D.
-        classes: k.
-        queries: h.
-    """
+    """Whiten tokens of `dim` channels, let every query pool them, classify what the queries pooled."""
 
     def __init__(self, dim: int, classes: int, queries: int = QUERIES):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("whiten", torch.eye(dim))
         self.mean: Tensor
-        self.std: Tensor
+        self.whiten: Tensor
         self.queries = nn.Parameter(0.02 * torch.randn(queries, dim))  # about mean pooling, and not all alike
         self.head = nn.Linear(queries * dim, classes)
         nn.init.zeros_(self.head.weight)
@@ -53,7 +49,7 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, k) logits: softmax(x q^T / sqrt(D))^T x for every query q, then linear."""
-        x = (tokens - self.mean) / self.std
+        x = (tokens - self.mean) @ self.whiten
         attention = (x @ self.queries.T / math.sqrt(x.shape[-1])).softmax(dim=1)
         pooled = attention.transpose(1, 2) @ x
         logits: Tensor = self.head(pooled.flatten(1))
@@ -77,16 +73,12 @@ def fit_attentive(
     lr: float = LR,
     weight_decay: float = WEIGHT_DECAY,
 ) -> AttentiveProbe:
-    """Fit a probe on frozen tokens; the same arguments give the same probe.
+    """Fit a probe on frozen (n, N, D) tokens and (n,) classes 0 … k-1; the same arguments give the same probe.
 
     Args:
-        tokens: (n, N, D) of the training images.
-        truth: (n,) classes 0 … k-1, each of which occurs.
         seed: of the start and of the order of images.
-        queries: h.
-        epochs: passes over the images.
-        lr: highest learning rate.
-        weight_decay: of the head, as in AdamW.
+        lr: the highest learning rate.
+        weight_decay: of the head.
 
     Raises:
         ValueError: tokens and truth do not fit, or there are fewer than two classes.
@@ -97,11 +89,20 @@ def fit_attentive(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(seed, "attentive") % 2**63)
         probe = AttentiveProbe(tokens.shape[2], len(counts), queries)
-        probe.mean.copy_(torch.from_numpy(tokens.mean((0, 1))))
-        probe.std.copy_(torch.from_numpy(tokens.std((0, 1))).clamp_min(1e-6))
+        for buffer, value in zip((probe.mean, probe.whiten), whitening(tokens), strict=True):
+            buffer.copy_(torch.from_numpy(value))
         weights = torch.from_numpy(len(truth) / (len(counts) * counts)).float()
         _descend(probe, torch.from_numpy(tokens), torch.from_numpy(truth).long(), weights, epochs, lr, weight_decay)
     return probe.eval()
+
+
+def whitening(tokens: Tokens) -> tuple[Floats, Floats]:
+    """(D,) mean and (D, D) matrix after which channels have unit variance and no correlation, up to the ridge."""
+    flat = tokens.reshape(-1, tokens.shape[2]).astype(np.float64)
+    scale = np.maximum(flat.std(0), 1e-6)
+    values, vectors = np.linalg.eigh(np.cov(flat / scale, rowvar=False))
+    matrix = (vectors / np.sqrt(np.maximum(values, 0) + RIDGE)) @ vectors.T
+    return flat.mean(0), matrix / scale[:, None]
 
 
 def _descend(

@@ -125,8 +125,8 @@ class MonitorSection(Section):
     """images in the figures"""
     shards: str | list[str] | None = None
     """labelled data set of the probes; null: that of training"""
-    split: str | None = "train"
-    """of that data set; null: all"""
+    split: str | None = None
+    """of that data set; null: all of `shards`, or what training uses"""
     task: str | None = None
     """label that a linear probe and nearest neighbours predict, by folds of patients; null: none"""
 

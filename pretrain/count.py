@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from ..engine.loop import Objective
+from .build import Learner
 
 REST = "rest"  # what belongs to no module: targets, losses, filling in mask tokens
 ENCODER = "encoder"
@@ -42,14 +42,14 @@ Formula = Callable[..., int]
 Line = npt.NDArray[np.int64]
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+def sdpa(query: Tensor, key: Tensor, *_: object, **__: object) -> int:
     """Two products for fused attention on the processor, which older torch does not count."""
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    return 2 * 2 * query.numel() * key.shape[-2]
 
 
-def sdpa_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+def sdpa_backward(grad: Tensor, query: Tensor, key: Tensor, *_: object, **__: object) -> int:
     """Five products: the map is computed again."""
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    return 5 * 2 * query.numel() * key.shape[-2]
 
 
 def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *more: Any, **_: object) -> int:
@@ -68,11 +68,11 @@ FORMULAS: dict[Any, Formula] = {
 }
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts floating-point operations (two a multiply-add) and live bytes by the part of the model they belong to."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops: Counter[str] = Counter()
         self.live: Counter[str] = Counter()
         self.bytes = 0
@@ -166,7 +166,7 @@ class Ledger(TorchDispatchMode):
                 self.base = REST
             for output in tree_leaves(outputs):
                 if isinstance(output, Tensor) and output.requires_grad:
-                    output.register_hook(arrived)
+                    cast(Any, output).register_hook(arrived)
 
         return hook
 
@@ -183,7 +183,7 @@ def part_of(name: str) -> str:
 class Step:
     """A step of some images: flops and bytes by part of the model, and live bytes after every operation."""
 
-    objective: Objective
+    objective: Learner
     forward: Counter[str]
     backward: Counter[str]
     held: Counter[str]
@@ -216,7 +216,7 @@ class Cost:
     """bytes of a sample on the device"""
     levels: dict[bool, tuple[Line, Line]]
     """levels (of FEW images, more an image), without and with gradients in place"""
-    objective: Objective
+    objective: Learner
     """what was counted, without data"""
 
     def peak(self, micro_batch: int, batch: int) -> int:
@@ -230,7 +230,7 @@ class Cost:
         return bisect_right(range(1, batch + 1), limit, key=lambda images: self.peak(images, batch))
 
 
-def count(build: Callable[[], Objective], precision: str) -> Cost:
+def count(build: Callable[[], Learner], precision: str) -> Cost:
     """The cost of a training step.
 
     Args:
@@ -257,7 +257,7 @@ def count(build: Callable[[], Objective], precision: str) -> Cost:
     )
 
 
-def run_step(build: Callable[[], Objective], precision: str, images: int) -> Step:
+def run_step(build: Callable[[], Learner], precision: str, images: int) -> Step:
     """A step of so many images on fake tensors."""
     with torch.device("meta"):
         objective = build()
@@ -284,7 +284,7 @@ def run_step(build: Callable[[], Objective], precision: str, images: int) -> Ste
     )
 
 
-def accumulating(objective: Objective, ledger: Ledger) -> Line:
+def accumulating(objective: Learner, ledger: Ledger) -> Line:
     """(levels,) more live bytes where gradients are in place: all from the start, new ones gone once added."""
     gradients = [p.grad.untyped_storage() for p in objective.parameters() if p.grad is not None]
     added = np.zeros(len(ledger.levels) + 1, dtype=np.int64)
@@ -293,7 +293,7 @@ def accumulating(objective: Objective, ledger: Ledger) -> Line:
     return added.sum() - added.cumsum()[:-1]
 
 
-def state_of(objective: Objective) -> list[Tensor]:
+def state_of(objective: Learner) -> list[Tensor]:
     """What is there before a step."""
     return [*objective.parameters(), *objective.buffers()]
 

@@ -79,17 +79,6 @@ class Decoder(nn.Module):
         return x[:, self.tiles.flatten().argsort()] if chosen is None and len(self.tiles) > 1 else x
 
 
-class WideHead(nn.Module):
-    """`tokens: shared`: no decoder of its own, only a head that predicts larger patches from another's tokens.
-
-    The cheap rival of the second decoder (as in MRM, Zhou et al. 2023): N stays n, patches are (s*p) x (s*p).
-    """
-
-    def __init__(self, width: int, out_dim: int):
-        super().__init__()
-        self.head = nn.Linear(width, out_dim)
-
-
 class UpsampleTokens(nn.Module):
     """(B, prefix + n, D) -> (B, prefix + N, D): fine token (s*i + a, s*j + b) comes from coarse token (i, j).
 

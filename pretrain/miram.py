@@ -12,7 +12,7 @@ scale s: N predicted patches of P x P pixels, of which K are decoded in a step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..engine.loop import Batch, Objective
 from .attention import Attention, Grid
 from .config import ScaleSection
-from .decoder import Decoder, WideHead
+from .decoder import Decoder
 from .encoder import Encoder, encode_visible, initialise
 from .masking import gather_cells, random_masking, tile_ids, upsample_mask
 from .patches import normalise_patches, patchify
@@ -32,7 +32,9 @@ class Miram(Objective):
 
     Args:
         encoder: a ViT; its input is the image at scale 1.
-        scales: the decoders; the width of the first that has one is that of the shared grid.
+        scales: the decoders; the width of the first is that of the shared grid. With `tokens: shared` a scale has only
+            a head, which predicts patches of (s*p) x (s*p) pixels from the tokens of scale 1: the cheap rival of a
+            second decoder (as in MRM, Zhou et al. 2023).
         mask_ratio: part of the patches hidden from the encoder.
         mask_unit: side of the squares of patches that are hidden together (long-sequence MAE, Hu et al. 2022).
         norm_pix: predict pixels normalised patch by patch.
@@ -72,23 +74,30 @@ class Miram(Objective):
             )
         self.register_buffer("units", tile_ids(self.grid, (mask_unit, mask_unit)), persistent=False)
         self.units: Tensor
-        width = next(section.width for section in scales if section.tokens == "upsampled")
+        own = [section for section in scales if section.tokens == "upsampled"]
+        width = own[0].width
         self.decoder_embed = nn.Linear(encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoders = nn.ModuleDict({str(section.scale): self.decoder(section, width) for section in scales})
+        self.decoders = nn.ModuleDict(
+            {str(x.scale): Decoder(x, width, self.grid, self.prefix_tokens, self.out_dim(x)) for x in own}
+        )
+        self.wide_heads = nn.ModuleDict(
+            {str(x.scale): nn.Linear(self.shared_width(own), self.out_dim(x)) for x in scales if x.tokens == "shared"}
+        )
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
         self.encoder = encoder  # after `initialise`: its weights may come from elsewhere
 
-    def decoder(self, section: ScaleSection, width: int) -> Decoder | WideHead:
-        """What turns the shared grid into predictions of a scale."""
-        out_dim = self.patch_of(section) ** 2 * self.channels
-        if section.tokens == "upsampled":
-            return Decoder(section, width, self.grid, self.prefix_tokens, out_dim)
-        coarse = [other for other in self.scales if other.scale == 1 and other.tokens == "upsampled"]
-        if not coarse:
-            raise ValueError(f"scale {section.scale} has tokens: shared, which needs a decoder of scale 1 to share")
-        return WideHead(coarse[0].width, out_dim)
+    def out_dim(self, section: ScaleSection) -> int:
+        """P*P*C, values of a predicted patch."""
+        return self.patch_of(section) ** 2 * self.channels
+
+    def shared_width(self, own: Sequence[ScaleSection]) -> int:
+        """Width of the decoder of scale 1, whose tokens `tokens: shared` reads."""
+        found = [section.width for section in own if section.scale == 1]
+        if not found:
+            raise ValueError("tokens: shared needs a decoder of scale 1")
+        return found[0]
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -114,9 +123,16 @@ class Miram(Objective):
 
     def decode(self, tokens: Tensor, chosen: Mapping[str, Tensor]) -> list[Tensor]:
         """(B, prefix + n, D) and by decoder (B, k) tiles -> for every scale (B, K, P*P*C) predicted patches."""
-        decoders = {name: part for name, part in self.decoders.items() if isinstance(part, Decoder)}
-        decoded = {name: decoder(tokens, chosen.get(name)) for name, decoder in decoders.items()}
-        return [self.decoders[str(section.scale)].head(decoded[reads(section)]) for section in self.scales]
+        decoded = {name: decoder(tokens, chosen.get(name)) for name, decoder in self.decoders.items()}
+        return [self.head_of(section)(decoded[reads(section)]) for section in self.scales]
+
+    def head_of(self, section: ScaleSection) -> nn.Module:
+        """What turns decoded tokens into patches of a scale."""
+        return self.decoder_of(section).head if section.tokens == "upsampled" else self.wide_heads[str(section.scale)]
+
+    def decoder_of(self, section: ScaleSection) -> Decoder:
+        """The decoder whose tokens predict a scale."""
+        return cast(Decoder, self.decoders[reads(section)])
 
     def error(self, section: ScaleSection, prediction: Tensor, batch: Batch, mask: Tensor) -> Tensor:
         """Weighted sum over decoded patches of the mean squared error of a patch, in fp32."""
@@ -175,15 +191,15 @@ class Miram(Objective):
     def chosen(self, batch: Batch) -> dict[str, Tensor]:
         """By decoder, where it decodes a part only: (B, k) tiles, those of the least noise."""
         return {
-            name: batch[f"tiles/{name}"].argsort(dim=1, stable=True)[:, : decoder.chosen_tiles]
-            for name, decoder in self.decoders.items()
-            if isinstance(decoder, Decoder) and decoder.chosen_tiles < len(decoder.tiles)
+            reads(section): batch[f"tiles/{section.scale}"].argsort(dim=1, stable=True)[:, : decoder.chosen_tiles]
+            for section in self.scales
+            if section.decode_fraction < 1 and (decoder := self.decoder_of(section))
         }
 
     def of_chosen(self, section: ScaleSection, x: Tensor, batch: Batch) -> Tensor:
         """(B, N, D) of all patches -> (B, K, D) of those decoded in this step, in the decoder's order."""
-        chosen, decoder = self.chosen(batch).get(reads(section)), self.decoders[reads(section)]
-        return x if chosen is None else gather_cells(x, decoder.tiles[chosen].flatten(1))
+        chosen = self.chosen(batch).get(reads(section))
+        return x if chosen is None else gather_cells(x, self.decoder_of(section).tiles[chosen].flatten(1))
 
     # ------------------------------------------------------------------------------------------ looking
 
@@ -204,7 +220,7 @@ class Miram(Objective):
             if self.tissue_loss:
                 shapes[f"tissue/{section.scale}"] = (rows * columns,)
             if section.decode_fraction < 1:
-                shapes[f"tiles/{section.scale}"] = (len(self.decoders[str(section.scale)].tiles),)
+                shapes[f"tiles/{section.scale}"] = (len(self.decoder_of(section).tiles),)
         return shapes
 
 

@@ -16,13 +16,12 @@ from typing import Any
 from ..engine.config import load
 from ..engine.errors import UserError, one_line
 from ..engine.files import write_json
-from ..engine.loop import Objective, split_batch
+from ..engine.loop import split_batch
 from .attention import ATTENTIONS, Attention, build_attention
-from .build import build_miram, seeded_encoder, with_backend
+from .build import build_objective, with_backend
 from .config import PretrainConfig, ScaleSection
 from .count import Cost, count
 from .encoder import card_for
-from .moco_v3 import build_moco
 from .plan_tables import show
 from .timing import machine, time_attention
 
@@ -125,17 +124,14 @@ def plan(config: str, arguments: Sequence[str] = (), *, timed: bool = True, json
 def cost_of(settings: PretrainConfig) -> Cost:
     """Counted with one channel: the data, which may have others, stay closed."""
     card = card_for(settings.model.encoder, settings.model.size, {"in_chans": 1} | settings.model.encoder_options)
-
-    def build() -> Objective:
-        if settings.objective == "moco_v3":
-            return build_moco(settings, card)
-        return build_miram(settings.model, seeded_encoder(settings, card))
-
-    return count(build, settings.train.precision)
+    return count(lambda: build_objective(settings, card)[0], settings.train.precision)
 
 
 def countable(settings: PretrainConfig) -> PretrainConfig:
-    """xformers has no fake kernels; it keeps what torch's own fused attention keeps, which is counted instead."""
+    """As the configuration, from random weights, which cost the same, and with torch's kernel in place of xformers'.
+
+    xformers has none for fake tensors; it keeps what torch's own fused attention keeps.
+    """
 
     def fused(section: ScaleSection) -> ScaleSection:
         if section.options.get("backend") != "xformers":
@@ -145,7 +141,7 @@ def countable(settings: PretrainConfig) -> PretrainConfig:
     model = settings.model
     backend = "sdpa" if model.attention_backend == "xformers" else model.attention_backend
     scales = tuple(fused(section) for section in model.scales)
-    return with_model(settings, attention_backend=backend, scales=scales)
+    return with_model(settings, attention_backend=backend, scales=scales).model_copy(update={"init": None})
 
 
 def with_model(settings: PretrainConfig, **changes: Any) -> PretrainConfig:

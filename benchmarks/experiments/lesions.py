@@ -67,13 +67,15 @@ class LesionSettings:
 
 def make_lesions(out: Path, patients: int, settings: LesionSettings, workers: int | None = None) -> None:
     """Write the squares of that many patients, two films each, as a data set."""
+    # Lists as a manifest gives them back: a set is known again by comparing.
+    told = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
     archive = Archive(
         dataset="phantom-lesions",
         licence="made by miram, free of rights",
         records=records(patients, settings),
         breast=False,
         quarantine=False,
-        settings={"lesions": asdict(settings)},
+        settings={"lesions": told},
     )
     ingest(archive, out, KEY, workers)
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -32,7 +31,6 @@ from ..miram import Miram
 from .album import Album, spread
 from .attention_maps import has_maps, picture_of_attention
 from .drawing import Picture
-from .pictures import caption as caption
 from .pictures import picture_of_pairs, picture_of_reconstructions
 from .probes import Labelled
 from .rankme import rankme
@@ -66,11 +64,12 @@ class Monitors:
     def __call__(self, step: int) -> dict[str, float]:
         """`rankme`, and where a task is set `probe/<task>` and `knn/<task>`; the pictures of the step are drawn.
 
-        Nothing of weights that are no numbers any more: the trainer stops at those by itself.
+        Nothing of weights that are no numbers any more, at which the trainer stops by itself, or where no image can be
+        read.
         """
         with undisturbed(self.model):
             features = self.album.features()
-            if not np.isfinite(features).all():
+            if not features.size or not np.isfinite(features).all():
                 return {}
             self.write(self.pictures(), step)
         figures = {"rankme": rankme(features)}
@@ -137,9 +136,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def draw_reconstructions(model: Miram, batch: Batch, path: Path) -> None:
-    """For the stage, until it hands `Monitors` to its trainer."""
-    with undisturbed(model):
-        write_atomic(path, picture_of_reconstructions(model, batch).png())

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from ...data.shards import Sample, ShardDataset
+from ...data.store.local import Outage
 from ...engine.errors import UserError
 from ..features import Windows, image_features, window_batches
 
@@ -59,9 +60,12 @@ class Album:
         return list(window_batches(self.vit, self._samples(), max(1, TOKENS_AT_ONCE // tokens)))
 
     def _samples(self) -> Iterator[Sample]:
+        self.read.clear()
         for place, row in enumerate(self.rows):
             try:
                 sample = self.shards[row]
+            except Outage:  # a network that is down is no damage
+                raise
             except UserError as error:
                 print(f"miram: monitor: left out: {error}", file=sys.stderr, flush=True)
                 continue

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from miram.finetune.attentive import AttentiveProbe, Tokens, fit_attentive
+from miram.finetune.attentive import AttentiveProbe, Tokens, fit_attentive, whitening
 
 N, D = 36, 12
 
@@ -79,3 +79,12 @@ def test_three_classes_of_unequal_size_are_weighed_alike() -> None:
 def test_labels_that_do_not_fit_are_refused(truth: list[int]) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         fit_attentive(np.zeros((4, 3, 2), np.float32), np.array(truth), seed=0)
+
+
+def test_whitened_channels_have_unit_variance_and_no_correlation() -> None:
+    rng = np.random.default_rng(0)
+    tokens = (rng.normal(size=(50, 40, 5)) @ rng.normal(size=(5, 5)) + 3).astype(np.float32)
+    mean, matrix = whitening(tokens)
+    found = (tokens.reshape(-1, 5) - mean) @ matrix
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(found, rowvar=False), np.eye(5), atol=0.1)

@@ -274,7 +274,7 @@ def test_a_shared_head_predicts_larger_patches_from_the_coarse_tokens() -> None:
     data = batch_for(net)
     ids_keep, mask = net.masks(data)
     latent = net.fill(net.decoder_embed(encode_visible(net.encoder, data["view/1"], ids_keep)), ids_keep)
-    predicted = net.decoders["2"].head(net.decoders["1"](latent))
+    predicted = net.wide_heads["2"](net.decoders["1"](latent))
     target = torch.stack(
         [data["view/2"][:, 0, 32 * i : 32 * i + 32, 32 * j : 32 * j + 32] for i in range(2) for j in range(3)], 1
     )

@@ -27,9 +27,10 @@ from miram.engine.errors import UserError
 from miram.engine.launch import make_accelerator
 from miram.engine.loop import Batch, Trainer, TrainSection, adamw
 from miram.engine.run import Run
+from miram.pretrain.build import build_objective
 from miram.pretrain.config import PretrainConfig
-from miram.pretrain.encoder import card_for
-from miram.pretrain.moco_v3 import MocoV3, build_moco, contrast, initialise_qkv, refuse_accumulation
+from miram.pretrain.encoder import card_for, save_encoder
+from miram.pretrain.moco_v3 import MocoV3, contrast, refuse_accumulation
 from miram.pretrain.sync_norm import GlobalBatchNorm
 
 B, SIDE, DIM, TAU = 6, 16, 8, 0.2
@@ -43,13 +44,23 @@ def settings(seed: int = 0, options: dict[str, Any] | None = None, **moco: Any) 
     model = {"encoder": name, "image_size": SIDE, "encoder_options": chosen}
     section = {"dim": DIM, "hidden": 12, **moco}
     return PretrainConfig.model_validate(
-        {"seed": seed, "data": {"shards": "none"}, "model": model, "moco": section, "train": {"steps": 1}}
+        {
+            "seed": seed,
+            "objective": "moco_v3",
+            "data": {"shards": "none"},
+            "model": model,
+            "moco": section,
+            "train": {"steps": 1},
+        }
     )
 
 
 def build(seed: int = 0, options: dict[str, Any] | None = None, **moco: Any) -> MocoV3:
     chosen = settings(seed, options, **moco)
-    return build_moco(chosen, card_for(chosen.model.encoder, chosen.model.size, chosen.model.encoder_options))
+    card = card_for(chosen.model.encoder, chosen.model.size, chosen.model.encoder_options)
+    objective, _ = build_objective(chosen, card)
+    assert isinstance(objective, MocoV3)
+    return objective
 
 
 def views(step: int = 0) -> Batch:
@@ -408,14 +419,15 @@ def test_queries_keys_and_values_start_as_three_matrices() -> None:
     assert [m.var().item() for m in weight.chunk(3)] == pytest.approx([1 / 64] * 3, rel=0.1)
 
 
-def test_weights_handed_in_are_kept() -> None:
-    chosen, encoder = settings(), build(seed=5).encoder
-    initialise_qkv(encoder)
-    before = {name: p.clone() for name, p in encoder.state_dict().items()}
+def test_weights_of_init_start_both_copies(tmp_path: Path) -> None:
+    chosen = settings(seed=5)
     card = card_for(chosen.model.encoder, chosen.model.size, chosen.model.encoder_options)
-    model = build_moco(chosen, card, encoder)
+    source = build(seed=1).encoder
+    save_encoder(tmp_path, source, card)
+    model, said = build_objective(chosen.model_copy(update={"init": str(tmp_path)}), card)
+    assert said
     for copy in (model.encoder, model.momentum_encoder):
-        assert all(p.equal(before[name]) for name, p in copy.state_dict().items())
+        assert all(p.equal(source.state_dict()[name]) for name, p in copy.state_dict().items())
 
 
 @pytest.mark.parametrize(

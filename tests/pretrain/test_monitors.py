@@ -27,7 +27,7 @@ from miram.engine.loop import Batch, Objective, Trainer
 from miram.engine.report import write_report
 from miram.engine.run import Run, read_metrics
 from miram.finetune.features import extract
-from miram.pretrain.build import build_miram, build_views, encoder_card, seeded_encoder
+from miram.pretrain.build import build_objective, build_views, encoder_card
 from miram.pretrain.config import PretrainConfig, ScaleSection
 from miram.pretrain.encoder import build_encoder, card_for
 from miram.pretrain.miram import Miram
@@ -320,7 +320,7 @@ def settings(shards: Path, **sections: Any) -> PretrainConfig:
 def parts(configured: PretrainConfig) -> tuple[Miram, ViewDataset]:
     shards = ShardDataset(configured.data.shards, configured.data.split)
     card = encoder_card(configured, shards)
-    model = build_miram(configured.model, seeded_encoder(configured, card))
+    model, _ = build_objective(configured, card)
     return model, ViewDataset(shards, build_views(configured, card, model))
 
 

@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,13 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from miram.engine.config import load
+from miram.engine.errors import UserError
 from miram.pretrain.attention import ATTENTIONS, build_attention
+from miram.pretrain.build import build_objective
 from miram.pretrain.config import PretrainConfig
 from miram.pretrain.count import Cost
-from miram.pretrain.plan import cost_of, plan, with_model
+from miram.pretrain.encoder import card_for
+from miram.pretrain.plan import cost_of, plan
 from miram.pretrain.timing import time_attention
 
 ENCODER = {"encoder": "vit_tiny_patch16_224", "encoder_options": {"depth": 2}, "image_size": [128, 64]}
@@ -35,16 +40,22 @@ def settings(
     )
 
 
-def block(tokens: int, width: int, keys: int | None = None) -> int:
+@cache
+def base() -> Cost:
+    """Of the small configuration."""
+    return cost_of(settings(ONE, TWO))
+
+
+def block(tokens: int, width: int) -> int:
     """Operations of a pre-norm ViT block: qkv, Q K^T and A V, projection, two layers of 4 x width."""
-    return 2 * tokens * (3 * width**2 + 2 * (keys or tokens) * width + width**2 + 8 * width**2)
+    return 2 * tokens * (3 * width**2 + 2 * tokens * width + width**2 + 8 * width**2)
 
 
 # ---------------------------------------------------------------------------------------------- operations
 
 
 def test_forward_operations_are_those_of_the_closed_form_to_one():
-    cost = cost_of(settings(ONE, TWO))
+    cost = base()
     projection = 2 * 32 * 256 * 192  # of all patches: masking comes after it
     assert cost.forward["encoder"] == projection + 2 * block(1 + 8, 192)
     assert cost.forward["decoder_embed"] == 2 * 9 * 192 * 64
@@ -53,7 +64,7 @@ def test_forward_operations_are_those_of_the_closed_form_to_one():
 
 
 def test_backward_takes_two_products_for_each_of_forward_and_the_attention_map_once_more():
-    cost = cost_of(settings(ONE, TWO))
+    cost = base()
     again = 2 * (2 * 129 * 129 * 64)  # Q K^T of both blocks
     assert cost.backward["decoders.2"] == 2 * cost.forward["decoders.2"] + again
     # nothing wants the gradient of the image
@@ -61,7 +72,7 @@ def test_backward_takes_two_products_for_each_of_forward_and_the_attention_map_o
 
 
 def test_checkpointing_costs_the_blocks_forward_once_more_and_keeps_less():
-    plain, saving = cost_of(settings(ONE, TWO)), cost_of(settings(ONE, {**TWO, "checkpointing": True}))
+    plain, saving = base(), cost_of(settings(ONE, {**TWO, "checkpointing": True}))
     assert saving.forward == plain.forward
     more = saving.backward["decoders.2"] - plain.backward["decoders.2"]
     assert more == pytest.approx(2 * block(129, 64), rel=0.35)  # recomputing stops at the last thing that is needed
@@ -77,15 +88,6 @@ def test_half_of_the_tiles_cost_half_of_the_linear_layers_and_a_fourth_of_each_m
     assert cost.forward["decoders.2"] == 2 * sequences * block(tokens, 64) + 2 * 64 * 64 * 256
 
 
-CLOSED = {  # products of an attention beside its linear layers, N = 129 tokens, width 64, heads of 16
-    "nystrom": ({"num_landmarks": 16, "exact_fallback": False}, lambda: nystrom(129, 17, 16, 4, 6)),
-    "performer": ({"num_features": 32}, lambda: 2 * 129 * 32 * 64 * 4),
-    "agent": ({}, None),
-    "linformer": ({}, None),
-    "window": ({}, None),
-}
-
-
 def nystrom(N: int, m: int, d: int, H: int, iterations: int) -> int:
     """Two attentions, the core, four m x m products an iteration, the inverse times the summary, the convolution."""
     attentions = 2 * (2 * 2 * N * m * d)
@@ -93,12 +95,20 @@ def nystrom(N: int, m: int, d: int, H: int, iterations: int) -> int:
     return H * (attentions + core) + 2 * 9 * (N - 1) * H * d
 
 
-@pytest.mark.parametrize("name", ["nystrom", "performer"])
-def test_linear_attentions_have_the_products_of_their_closed_form(name: str):
-    options, products = CLOSED[name]
+@pytest.mark.parametrize(
+    ("name", "options", "products"),
+    [
+        ("nystrom", {"num_landmarks": 32}, lambda: nystrom(129, 33, 16, 4, 6)),
+        ("performer", {"num_features": 32}, lambda: 2 * 129 * 32 * 64 * 4),  # each of Q, K, V and the output with W
+    ],
+    ids=["nystrom", "performer"],
+)
+def test_linear_attentions_have_the_products_of_their_closed_form(
+    name: str, options: dict[str, int], products: Callable[[], int]
+):
     cost = cost_of(settings(ONE, {**TWO, "attention": name, "options": options}))
     linear = 2 * (block(129, 64) - 4 * 129 * 129 * 64) + 2 * 128 * 64 * 256
-    assert cost.forward["decoders.2"] == pytest.approx(linear + 2 * products(), rel=0.03)
+    assert cost.forward["decoders.2"] == pytest.approx(linear + 2 * products(), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -125,7 +135,7 @@ def test_backward_of_a_depthwise_convolution_is_twice_its_forward():
 
 
 def test_the_encoders_parameters_are_timms():
-    cost = cost_of(settings(ONE, TWO))
+    cost = base()
     vit = timm.create_model("vit_tiny_patch16_224", depth=2, in_chans=1, num_classes=0, img_size=(128, 64))
     assert cost.parameters["encoder"] == sum(p.numel() for p in vit.parameters())
     assert cost.trainable == 4 * (cost.parameters.total() - vit.pos_embed.numel())
@@ -135,7 +145,7 @@ def test_moco_has_its_heads_and_a_slow_copy_that_learns_nothing():
     changed = settings(ONE).model_copy(update={"objective": "moco_v3"})
     cost = cost_of(changed)
     widths = (192, 4096, 4096, 256)
-    matrices = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    matrices = sum(a * b for a, b in pairwise(widths))
     assert cost.parameters["projector"] == matrices + 2 * (4096 + 4096)
     assert cost.forward["projector"] == 2 * 2 * matrices  # of two views
     assert cost.parameters["momentum_encoder"] == cost.parameters["encoder"]
@@ -150,7 +160,7 @@ import ctypes, gc, json, sys
 import torch
 from miram.engine.config import load
 from miram.engine.loop import adamw
-from miram.pretrain.build import build_miram, seeded_encoder
+from miram.pretrain.build import build_objective
 from miram.pretrain.config import PretrainConfig
 from miram.pretrain.encoder import card_for
 
@@ -171,7 +181,7 @@ def step(images):
 
 settings = load(PretrainConfig, sys.argv[1], [])
 images, m = settings.train.batch_size, settings.model
-model = build_miram(m, seeded_encoder(settings, card_for(m.encoder, m.size, {"in_chans": 1, **m.encoder_options})))
+model, _ = build_objective(settings, card_for(m.encoder, m.size, {"in_chans": 1, **m.encoder_options}))
 optimizer = adamw(model, settings.train)
 step(1)
 step(2)
@@ -209,10 +219,10 @@ def measure(changed: PretrainConfig, folder: Path) -> dict[str, int]:
 def test_kept_bytes_and_peak_are_what_a_process_grows_by(
     scales: list[dict[str, object]], precision: str, checkpointing: bool, tmp_path: Path
 ):
-    changed = settings(*scales, precision=precision, batch_size=24, image_size=[256, 128], checkpointing=checkpointing)
+    changed = settings(*scales, precision=precision, batch_size=96, image_size=[256, 128], checkpointing=checkpointing)
     cost, measured = cost_of(changed), measure(changed, tmp_path)
-    assert 24 * cost.held.total() + cost.fixed == pytest.approx(measured["kept"], rel=0.15)
-    assert cost.peak(24, 24) - cost.weights - 2 * cost.trainable == pytest.approx(measured["peak"], rel=0.15)
+    assert 96 * cost.held.total() + cost.fixed == pytest.approx(measured["kept"], rel=0.15)
+    assert cost.peak(96, 96) - cost.weights - 2 * cost.trainable == pytest.approx(measured["peak"], rel=0.15)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -224,12 +234,9 @@ def test_kept_bytes_are_the_unique_storages_that_autograd_saves_in_a_real_pass(n
 
 def saved_bytes(changed: PretrainConfig, images: int) -> int:
     """Bytes that autograd saves of real tensors, beside weights and inputs."""
-    from miram.pretrain.build import build_miram, seeded_encoder
-    from miram.pretrain.encoder import card_for
-
     options = {"in_chans": 1} | changed.model.encoder_options
     card = card_for(changed.model.encoder, changed.model.size, options)
-    model = build_miram(changed.model, seeded_encoder(changed, card))
+    model = build_objective(changed, card)[0]
     batch = {key: torch.rand(images, *shape) for key, shape in model.inputs.items()}
     given = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), *batch.values())}
     saved: dict[int, int] = {}
@@ -248,16 +255,16 @@ def test_eager_attention_keeps_the_map_that_fused_attention_does_not():
     fused, eager = (cost_of(settings(ONE, {**TWO, "options": {"backend": b}})) for b in ("sdpa", "eager"))
     one_map = 4 * 129 * 129 * 4  # bytes in fp32, four heads
     more = eager.held["decoders.2"] - fused.held["decoders.2"]
-    assert more >= 2 * one_map
+    assert more >= 1.9 * one_map  # of two blocks, less what fused attention keeps of its rows' sums
     assert fused.held["decoders.2"] < 2 * 40 * 129 * 64 * 4
 
 
 def test_peak_grows_with_the_micro_batch_and_accumulating_holds_the_gradients():
-    cost: Cost = cost_of(settings(ONE, TWO))
+    cost: Cost = base()
     peaks = [cost.peak(images, 64) for images in range(1, 65)]
     assert peaks[:-1] == sorted(peaks[:-1])
     slope = (peaks[62] - peaks[31]) / 31
-    assert slope == pytest.approx(cost.held.total(), rel=0.15)
+    assert cost.held.total() < slope < 1.5 * cost.held.total()  # what is kept, and what lives shortly
     assert 0 <= cost.peak(32, 64) - (cost.peak(32, 32) + 32 * cost.inputs) <= cost.trainable
     assert cost.largest_micro_batch(peaks[20], 64) == 21
     assert cost.largest_micro_batch(0, 64) == 0
@@ -304,7 +311,16 @@ def test_a_long_attention_is_timed_at_a_smaller_grid_and_scaled(monkeypatch: pyt
     assert not time_attention(build, "softmax", 1, (64, 32), "fp32").extrapolated
 
 
-def test_a_decoder_that_an_attention_does_not_fit_is_named_and_not_fatal(tmp_path: Path):
-    changed = with_model(settings(ONE, TWO))
-    (tmp_path / "c.yaml").write_text(json.dumps(changed.model_dump()))
-    assert load(PretrainConfig, str(tmp_path / "c.yaml"), []) == changed
+def test_an_attention_that_does_not_fit_is_named_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refusing(changed: PretrainConfig) -> Cost:
+        if changed.model.scales[0].attention != "softmax":
+            raise UserError("model: does not fit")
+        return cost_of(changed)
+
+    monkeypatch.setattr("miram.pretrain.plan.cost_of", refusing)
+    (tmp_path / "c.yaml").write_text(json.dumps(settings(ONE).model_dump()))
+    found = plan(str(tmp_path / "c.yaml"), timed=False)
+    assert [variant.refused for variant in found.variants["decoders.1"]] == ["", *["model: does not fit"] * 5]
+    assert "does not fit" in capsys.readouterr().out
