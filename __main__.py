@@ -62,6 +62,21 @@ def probe(context: typer.Context) -> None:
     run_stage("miram probe", ProbeConfig, stage, context.args)
 
 
+@app.command(context_settings=STAGE, add_help_option=False)
+def plan(
+    context: typer.Context,
+    no_time: Annotated[bool, typer.Option("--no-time", help="Time nothing.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+) -> None:
+    """What a pretraining costs, before it starts: CONFIG --section.key=value …; --no-time, --json FILE."""
+    from functools import partial
+
+    from .pretrain.config import PretrainConfig
+    from .pretrain.plan import plan as stage
+
+    run_stage("miram plan", PretrainConfig, partial(stage, timed=not no_time, json=json), context.args)
+
+
 @app.command()
 def convert(
     file: Annotated[Path, typer.Argument(help="Weights: .pth, .safetensors, or a folder of the Hugging Face hub.")],
@@ -75,7 +90,7 @@ def convert(
     architecture: Annotated[str | None, typer.Option(help="timm's name, where shapes do not tell it.")] = None,
 ) -> None:
     """Foreign weights to an encoder of ours, with a report of every key."""
-    from .pretrain.convert import convert as run
+    from .pretrain.weights.convert import convert as run
 
     print("\n".join(run(file, out, image_size, channels, architecture)))
 

@@ -141,7 +141,7 @@ def reference(setting: Setting, side: int) -> tuple[Tensor, ...]:
     """Q, K, V (1, H, N, d) of a coarse random grid enlarged twice, and exact attention."""
     coarse = torch.randn(3, setting.width, side // 2, side // 2, generator=torch.Generator().manual_seed(0))
     fine = F.interpolate(coarse, size=(side, side), mode="bilinear").reshape(3, 1, setting.heads, -1, side * side)
-    Q, K, V = (fine / fine.std()).transpose(-1, -2).to(setting.device)
+    Q, K, V = (fine / fine.std()).transpose(-1, -2).contiguous().to(setting.device)  # else not the fused kernel
     return Q, K, V, F.scaled_dot_product_attention(Q, K, V)
 
 

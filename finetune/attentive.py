@@ -119,6 +119,6 @@ def _descend(
         for chosen in torch.randperm(len(x)).split(BATCH):
             loss = F.cross_entropy(probe(x[chosen]), y[chosen], weights)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()

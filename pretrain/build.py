@@ -18,7 +18,7 @@ from .config import ModelSection, PretrainConfig, ScaleSection
 from .encoder import Encoder, EncoderCard, build_encoder, card_for, read_provenance
 from .miram import Miram
 from .moco_v3 import MocoV3, initialise_qkv
-from .weights import initialise_decoder, initialise_encoder
+from .weights.start import initialise_decoder, initialise_encoder
 
 Learner = Miram | MocoV3
 

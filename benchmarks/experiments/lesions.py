@@ -25,7 +25,7 @@ from miram.data.record import Film, Record
 
 KEY = b"miram phantoms"  # as of all phantoms: no secret
 MARGINS = ("indistinct", "spiculated")
-BLUR_MM = 0.9  # standard deviation of an indistinct margin
+BLUR_MM = 0.5  # standard deviation of an indistinct margin
 GREY = 1700.0  # grey levels of one unit of the phantom's tissue
 TISSUE = 600  # grey level above which a pixel is breast, not film
 PLANTED = 77  # stream of what is planted, apart from the phantom's own

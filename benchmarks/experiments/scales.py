@@ -2,8 +2,8 @@
 
 python benchmarks/experiments/scales.py [--out DIR] [--small|--large] [--arms miram mae …] [--seeds 0 1 2] [--jobs 2]
 
-The protocol, fixed before any comparison was looked at (difficulty was set on hand-made features, random weights and
-MAE alone):
+The protocol. Fixed before any comparison was looked at: all below but the lesions' contrast and the number of
+squares, which are NOT settled: hand-made features tell that resolution matters, no encoder was above chance yet.
 - Images: squares of 48 mm of phantom films (lesions.py), stored at 0.3 mm. Encoders see 64 x 64 pixels, the second
   decoder's target is 128 x 128 of the same crop. Labels `calc` (a cluster of microcalcifications, or none) and
   `margin` (spiculated or indistinct), each of half of the squares. Pretraining has no labels; patients of

@@ -115,7 +115,7 @@ def test_bilinear_upsampling_keeps_a_plane_a_plane() -> None:
 
 
 def test_positions_are_mae_s_sines_and_cosines() -> None:
-    """By hand, in the order of MAE's released weights: a quarter each sine and cosine of the column, then of the row."""
+    """By hand, in the order of MAE's weights: a quarter each sine and cosine of the column, then of the row."""
     positions = sincos_positions((3, 5), 16)[0].reshape(3, 5, 16).numpy()
     omega = 1 / 10000 ** (np.arange(4) / 4)
     for i in range(3):

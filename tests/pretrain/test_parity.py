@@ -12,7 +12,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder, ViTMAEEm
 from miram.pretrain.config import ScaleSection
 from miram.pretrain.encoder import build_encoder, card_for, sincos_positions
 from miram.pretrain.miram import Miram
-from miram.pretrain.weights import miram_state, translate
+from miram.pretrain.weights.layouts import miram_state, translate
 
 
 def hf_positions(config: ViTMAEConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,10 +20,10 @@ from miram.engine.errors import UserError
 from miram.pretrain.attention import ATTENTIONS, build_attention
 from miram.pretrain.build import build_objective
 from miram.pretrain.config import PretrainConfig
-from miram.pretrain.count import Cost
 from miram.pretrain.encoder import card_for
 from miram.pretrain.plan import cost_of, plan
-from miram.pretrain.timing import time_attention
+from miram.pretrain.plan.count import Cost
+from miram.pretrain.plan.timing import time_attention
 
 ENCODER = {"encoder": "vit_tiny_patch16_224", "encoder_options": {"depth": 2}, "image_size": [128, 64]}
 ONE = {"scale": 1, "depth": 1, "width": 64, "heads": 4}
@@ -92,7 +92,8 @@ def nystrom(N: int, m: int, d: int, H: int, iterations: int) -> int:
     """Two attentions, the core, four m x m products an iteration, the inverse times the summary, the convolution."""
     attentions = 2 * (2 * 2 * N * m * d)
     core = 2 * m * m * d + iterations * 4 * 2 * m**3 + 2 * m * m * d
-    return H * (attentions + core) + 2 * 9 * (N - 1) * H * d
+    landmarks = 2 * (2 * 16 * 8 * 4 + 2 * 16 * 8 * 4) * H * d  # Q and K: 8 to 4 columns, then 16 to 8 rows
+    return H * (attentions + core) + 2 * 9 * (N - 1) * H * d + landmarks
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_a_long_attention_is_timed_at_a_smaller_grid_and_scaled(monkeypatch: pyt
         grids.append(grid)
         return build_attention("softmax", 16, 1, grid)
 
-    monkeypatch.setattr("miram.pretrain.timing.time_pass", lambda attention, *_: 1e-7 * attention.grid[0] ** 4)
+    monkeypatch.setattr("miram.pretrain.plan.timing.time_pass", lambda attention, *_: 1e-7 * attention.grid[0] ** 4)
     timing = time_attention(build, "softmax", 1, (256, 256), "fp32")
     assert grids == [(32, 32), (64, 64)]  # 0.1 s, 1.7 s; 128 x 128 would take 27 s
     assert timing.extrapolated

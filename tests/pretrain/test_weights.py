@@ -31,10 +31,11 @@ from transformers import (
 
 from miram.engine.errors import UserError
 from miram.pretrain.config import ScaleSection
-from miram.pretrain.convert import convert
 from miram.pretrain.encoder import build_encoder, card_for, load_encoder, normalisation, read_provenance, save_encoder
 from miram.pretrain.miram import Miram
-from miram.pretrain.weights import initialise_decoder, initialise_encoder, translate
+from miram.pretrain.weights.convert import convert
+from miram.pretrain.weights.layouts import translate
+from miram.pretrain.weights.start import initialise_decoder, initialise_encoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 SHAPE = {

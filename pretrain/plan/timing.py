@@ -6,12 +6,13 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from statistics import median
+from time import perf_counter
 
 import torch
-from torch.utils.benchmark import Timer
 
-from ..engine.launch import device
-from .attention import Attention, Grid
+from ...engine.launch import device
+from ..attention import Attention, Grid
 
 SMALL = 1024  # tokens that any attention is timed at first
 PATIENCE = 2.0  # seconds that a single pass may take
@@ -73,8 +74,21 @@ def time_pass(attention: Attention, sequences: int, precision: str) -> float:
             y = attention(x)
         y.backward(gradient.to(y.dtype))
 
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=0.2).median)
+    return median_seconds(step)
+
+
+def median_seconds(step: Callable[[], None], least: float = 0.2) -> float:
+    """Of as many calls as fill `least` seconds, three at the fewest, after one that warms up."""
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    step()
+    taken: list[float] = []
+    while sum(taken) < least or len(taken) < 3:
+        synchronise()
+        began = perf_counter()
+        step()
+        synchronise()
+        taken.append(perf_counter() - began)
+    return median(taken)
 
 
 def machine() -> str:

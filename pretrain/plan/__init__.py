@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..engine.config import load
-from ..engine.errors import UserError, one_line
-from ..engine.files import write_json
-from ..engine.loop import split_batch
-from .attention import ATTENTIONS, Attention, build_attention
-from .build import build_objective, with_backend
-from .config import PretrainConfig, ScaleSection
+from ...engine.config import load
+from ...engine.errors import UserError, one_line
+from ...engine.files import write_json
+from ...engine.loop import split_batch
+from ..attention import ATTENTIONS, Attention, build_attention
+from ..build import build_objective, with_backend
+from ..config import PretrainConfig, ScaleSection
+from ..encoder import card_for
 from .count import Cost, count
-from .encoder import card_for
-from .plan_tables import show
+from .tables import show
 from .timing import machine, time_attention
 
 PLAN = "miram.plan/1"

@@ -16,12 +16,13 @@ from typing import Any, cast
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..engine.errors import UserError
-from ..engine.files import sha256
-from ..version import __version__
-from .encoder import save_encoder
+from ...engine.errors import UserError
+from ...engine.files import sha256
+from ...version import __version__
+from ..encoder import save_encoder
 from .foreign import Source, read_source, weights_file
-from .weights import DECODER, adapt, report, with_adaptations
+from .layouts import DECODER, report, with_adaptations
+from .start import adapt
 
 
 def convert(

@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from ..engine.errors import UserError, one_line
-from .encoder import Encoder, EncoderCard, build_encoder, card_for, find_card, load_encoder
-from .weights import Fate, Weights, read_decoder, translate
+from ...engine.errors import UserError, one_line
+from ..encoder import Encoder, EncoderCard, build_encoder, card_for, find_card, load_encoder
+from .layouts import Fate, Weights, translate
+from .start import read_decoder
 
 NAMES = ("model.safetensors", "pytorch_model.bin")  # of weights in a folder of the hub
 USUAL = {  # width: timm's name, patch, depth, heads

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from .build import Learner
+from ..build import Learner
 
 REST = "rest"  # what belongs to no module: targets, losses, filling in mask tokens
 ENCODER = "encoder"
@@ -68,7 +68,7 @@ FORMULAS: dict[Any, Formula] = {
 }
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Ledger(TorchDispatchMode):
     """Counts floating-point operations (two a multiply-add) and live bytes by the part of the model they belong to."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .plan import Part, Plan, Variant
+    from . import Part, Plan, Variant
 
 Rows = Sequence[Sequence[str]]
 

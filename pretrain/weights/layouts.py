@@ -17,16 +17,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..engine.errors import UserError, one_line
-from .encoder import Encoder, load_encoder, load_timm, set_channels, set_image_size, sincos_positions
+from ...engine.errors import UserError
+from ..encoder import sincos_positions
 
 DECODER = "decoders.1."  # of Miram, at the scale that MAE has
 
@@ -191,104 +188,3 @@ def report(fates: Iterable[Fate]) -> list[str]:
         f"{verdict:8} {key}{f' ({count} x)' if count > 1 else ''}{f': {how}' if how else ''}"
         for (verdict, key, how), count in groups.items()
     ]
-
-
-# ---------------------------------------------------------------------------------------------- a start for training
-
-
-def initialise_encoder(vit: Encoder, init: str) -> list[str]:
-    """Give an encoder the weights of another of the same architecture, at its own image size and channels.
-
-    `init` is a run folder, an encoder.safetensors (also a converted one) or timm:NAME. Positions stay fixed, as in MAE,
-    also where the source learnt them: they are its own, interpolated to this grid. The source's normalisation is
-    used to make the channels equal to one (see `set_channels`) and then forgotten: training normalises with the mean
-    and standard deviation of its own data, which bring pictures to the range the weights know.
-
-    Returns:
-        Lines of a report that names every key.
-
-    Raises:
-        UserError: there is no such source, or its architecture is another.
-    """
-    source = load_timm(init.removeprefix("timm:")) if init.startswith("timm:") else load_encoder(init)
-    theirs, ours = outline(source), outline(vit)
-    if theirs != ours:
-        raise UserError(f"init {init} is {theirs}, model.encoder is {ours}; set model.encoder to what init is")
-    adapted = adapt(source, vit.patch_embed.img_size, vit.patch_embed.proj.in_channels)
-    state = source.state_dict()
-    fates = [
-        Fate(key, "dropped", why) if (why := superfluous(key, "")) else Fate(key, "taken", target=key) for key in state
-    ]
-    try:
-        vit.load_state_dict({fate.key: state[fate.key] for fate in fates if fate.target})
-    except RuntimeError as error:
-        raise UserError(f"init {init} does not fit model.encoder: {one_line(str(error))}") from error
-    return [f"init {init}: {theirs}", *report(with_adaptations(fates, adapted))]
-
-
-def adapt(vit: Encoder, size: tuple[int, int], channels: int) -> dict[str, str]:
-    """Give an encoder another input in place; returns what happened to which tensor.
-
-    Raises:
-        UserError: the size is no multiple of the patch.
-    """
-    several = channels != vit.patch_embed.proj.in_channels > 1 and vit.patch_embed.proj.bias is not None
-    changes = {
-        "patch_embed.proj.weight": set_channels(vit, channels),
-        "patch_embed.proj.bias": "took up the channels' different means" if several else "",
-        "pos_embed": set_image_size(vit, size),
-    }
-    return {key: how for key, how in changes.items() if how}
-
-
-def outline(vit: Encoder) -> str:
-    """What two encoders must share for weights to pass between them."""
-    heads, rope = cast(Any, vit.blocks[0]).attn.num_heads, getattr(vit, "rope", None)
-    facts = [
-        f"{len(vit.blocks)} blocks of {vit.embed_dim} with {heads} heads",
-        f"patches of {vit.patch_embed.patch_size[0]} pixels",
-        f"{vit.num_prefix_tokens} prefix token{'s' * (vit.num_prefix_tokens != 1)}",
-        *([f"{type(rope).__name__} positions"] if rope is not None else []),
-    ]
-    return ", ".join(facts)
-
-
-def initialise_decoder(model: nn.Module, init: str) -> list[str]:
-    """Give Miram's decoder of scale 1 the weights in the decoder.safetensors beside `init`, if there are and they fit.
-
-    Returns:
-        One line that says what was done; none if there is no such file.
-
-    Raises:
-        UserError: the file is no decoder of ours.
-    """
-    path = (Path(init) if Path(init).is_dir() else Path(init).parent) / "decoder.safetensors"
-    if init.startswith("timm:") or not path.is_file():
-        return []
-    state, heads = read_decoder(path)
-    ours = {k: v for k, v in model.state_dict().items() if k.startswith(("mask_token", "decoder_embed.", DECODER))}
-    blocks = [m for k, m in model.named_modules() if k.startswith(f"{DECODER}blocks.") and k.endswith(".attn")]
-    fits = {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in state.items()}
-    if not fits or {getattr(block, "num_heads", None) for block in blocks} != {heads}:
-        return [f"init {path}: not used; the decoder of scale 1 would have to be {describe(state, heads)}"]
-    model.load_state_dict(state, strict=False)
-    return [f"init {path}: taken by the decoder of scale 1 ({describe(state, heads)})"]
-
-
-def read_decoder(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a decoder.safetensors and its attention heads.
-
-    Raises:
-        UserError: it is no such file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return load_file(path), int(file.metadata()["heads"])
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no decoder that `miram convert` wrote: {one_line(str(error))}") from error
-
-
-def describe(state: Mapping[str, Tensor], heads: int) -> str:
-    """A decoder in a few words."""
-    depth = sum(key.endswith("attn.qkv.weight") for key in state)
-    return f"softmax, depth {depth}, width {state['mask_token'].shape[-1]}, heads {heads}"

@@ -1,0 +1,1 @@
+"""Weights that were trained elsewhere: files read, key names translated, encoders started from them."""
