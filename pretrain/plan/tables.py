@@ -103,7 +103,8 @@ def variant_row(variant: Variant) -> list[str]:
         return [name, *["-"] * 6, variant.refused]
     ms = "-" if variant.seconds is None else f"{1e3 * variant.seconds:,.1f}{'~' if variant.extrapolated else ''}"
     peak = f"{variant.peak_bytes / 1e9:,.2f}"
-    return [name, f"{variant.parameters:,}", *figures(variant), peak, ms, "fastest" if variant.fastest else ""]
+    mark = ("fewest operations" if variant.seconds is None else "fastest") if variant.fastest else ""
+    return [name, f"{variant.parameters:,}", *figures(variant), peak, ms, mark]
 
 
 def notes(plan: Plan) -> list[str]:
@@ -115,7 +116,7 @@ def notes(plan: Plan) -> list[str]:
             f"{plan.timed_on}; `fastest` is the least of it. Another machine may order them otherwise."
         ]
     elif plan.variants:
-        said += ["`fastest` has the fewest operations; nothing was timed, and fewest need not be fastest."]
+        said += ["Nothing was timed, and the fewest operations need not be the fastest."]
     if any(variant.extrapolated for variants in plan.variants.values() for variant in variants):
         said += ["~: extrapolated from a smaller grid, softmax with the square of the tokens, others in proportion."]
     return said
