@@ -45,12 +45,12 @@ class MultiScaleViews:
 
     size: Size  # H, W at scale 1
     scales: Sequence[int]
-    patches: int  # N
+    units: int  # N
     crop: CropSection
     normalise: Normalisation
     seed: int
     tiles: Mapping[int, int] = field(default_factory=dict)  # scale: T
-    tissue: Mapping[int, Size] = field(default_factory=dict)  # scale: grid, which divides the finest view
+    tissue: Mapping[int, Size] = field(default_factory=dict)  # scale: grid
 
     def __call__(self, sample: Sample, epoch: int) -> dict[str, Tensor | str]:
         """The views of a sample in an epoch."""
@@ -63,7 +63,7 @@ class MultiScaleViews:
         tissue = {f"tissue/{s}": area_down(breast, grid).ravel() for s, grid in self.tissue.items()}
         finest = self.normalise(finest, sample.max_value)
         views = {f"view/{s}": area_down(finest, size) for s, size in sizes.items()}
-        draws = {"noise": self._draw("mask", self.patches, sample, epoch)}
+        draws = {"noise": self._draw("mask", self.units, sample, epoch)}
         draws |= {f"tiles/{s}": self._draw(f"tiles/{s}", count, sample, epoch) for s, count in self.tiles.items()}
         return {"key": sample.key, **{k: torch.from_numpy(x) for k, x in (draws | views | tissue).items()}}
 

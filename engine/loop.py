@@ -191,6 +191,7 @@ class Trainer:
         self.objective.begin_step(self.step, self.steps)
         batches = [to_device(batch, self.accelerator.device) for batch in batches]
         counts = self.over_ranks(torch.stack([self.objective.counts(batch) for batch in batches]).sum(0))
+        counts = counts.where(counts > 0, 1)  # where nothing counts, the sum is zero too
         weights = torch.tensor(self.objective.loss_weights, device=counts.device)
         losses = torch.zeros_like(counts)
         for i, batch in enumerate(batches):

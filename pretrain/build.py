@@ -62,6 +62,8 @@ def build_objective(settings: PretrainConfig, card: EncoderCard) -> tuple[Learne
     encoder.set_grad_checkpointing(settings.model.checkpointing)
     said = initialise_encoder(encoder, settings.init) if settings.init else []
     if settings.objective == "moco_v3":
+        if settings.model.attention_backend == "xformers":
+            raise UserError("model.attention_backend: moco_v3 has no decoder that xformers could run in; leave it out")
         if settings.init is None:
             initialise_qkv(encoder)
         return MocoV3(encoder, settings.moco), said
@@ -89,6 +91,8 @@ def build_miram(section: ModelSection, encoder: Encoder) -> Miram:
         UserError: a scale does not fit the grid of patches, or too few patches would stay visible.
     """
     scales = [with_backend(scale, section.attention_backend) for scale in section.scales]
+    if section.attention_backend == "xformers" and not any(scale.attention == "softmax" for scale in scales):
+        raise UserError("model.attention_backend: xformers has no softmax decoder to run in; leave it out")
     try:
         model = Miram(
             encoder,
@@ -101,9 +105,10 @@ def build_miram(section: ModelSection, encoder: Encoder) -> Miram:
             target=section.target,
         )
     except ValueError as error:
-        raise UserError(f"model: {error}") from error
-    if int(len(model.units) * (1 - section.mask_ratio)) < 1:
-        raise UserError(f"model.mask_ratio {section.mask_ratio} leaves none of {len(model.units)} patches visible")
+        raise UserError(f"model.{error}") from error
+    units, visible = len(model.units), int(len(model.units) * (1 - section.mask_ratio))
+    if not 0 < visible < units:
+        raise UserError(f"model.mask_ratio {section.mask_ratio} leaves {visible} of {units} patches visible")
     return model
 
 
@@ -123,7 +128,7 @@ def build_views(settings: PretrainConfig, card: EncoderCard, objective: Learner)
     return MultiScaleViews(
         size=settings.model.size,
         scales=scales_of("view", shapes),
-        patches=shapes["noise"][0],
+        units=shapes["noise"][0],
         crop=settings.crop,
         normalise=normalise,
         seed=settings.seed,

@@ -19,7 +19,7 @@ class ScaleSection(Section):
     scale: PositiveInt
     """reconstruct the image this many times as fine as the encoder sees it"""
     tokens: Literal["upsampled", "shared"] = "upsampled"
-    """decode a grid of tokens of this scale, or predict larger patches from the tokens of the scale decoded first"""
+    """decode a grid of tokens of this scale, or predict larger patches from the decoded tokens of scale 1"""
     attention: Literal["softmax", "nystrom", "performer", "linformer", "agent", "window"] = "softmax"
     """softmax is exact; the others are linear in the number of tokens"""
     depth: PositiveInt = 8
@@ -71,7 +71,7 @@ class ModelSection(Section):
     """side of the squares of patches that are hidden together; 2 suits grids of 28 x 28 and more"""
     norm_pix: bool = True
     """predict pixels normalised patch by patch"""
-    variance_floor: NonNegativeFloat = 0.01
+    variance_floor: PositiveFloat = 0.01
     """added to a patch's variance, in units of the data set's"""
     tissue_loss: float = Field(default=0.0, ge=0, le=1)
     """0: all patches count alike; 1: each by its part that is breast"""
@@ -89,8 +89,11 @@ class ModelSection(Section):
         found = [section.scale for section in scales]
         if not found or len(set(found)) < len(found):
             raise ValueError(f"one decoder a scale, at least one (got scales {found})")
-        if all(section.tokens == "shared" for section in scales):
-            raise ValueError("tokens: shared needs another scale whose decoder it can share")
+        own = [section.scale for section in scales if section.tokens == "upsampled"]
+        if len(own) < len(scales) and 1 not in own:
+            raise ValueError("tokens: shared needs a decoder of scale 1 to share")
+        if not any(section.weight for section in scales):
+            raise ValueError("every weight is 0, so nothing would be learnt")
         return scales
 
     @property
@@ -111,7 +114,7 @@ class MocoSection(Section):
     momentum: float = Field(default=0.99, ge=0, lt=1)
     """of the slow copy at the first step; rises to 1 along a cosine"""
     freeze_patch_projection: bool = True
-    """leave the patch projection at its random start, which steadies training"""
+    """leave the patch projection as it starts, at random or from `init`, which steadies training"""
 
 
 class MonitorSection(Section):

@@ -19,7 +19,7 @@ from .masking import gather_cells, tile_ids
 
 
 class Decoder(nn.Module):
-    """Upsample the grid s times, add its own positions, attend (MIRAM, fig. 1); `head` then predicts patches.
+    """Upsample the grid s times, add its own positions, attend (MIRAM); `head` then predicts patches.
 
     With `decode_fraction` below 1 only k of T equal tiles of the grid are decoded. A tile is a sequence of its own in
     the batch, so that every attention still sees a grid, and the linear layers, which cost most, get cheaper too

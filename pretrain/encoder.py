@@ -18,6 +18,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.layers import PatchEmbed
 from timm.models import adapt_input_conv, checkpoint
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -29,6 +30,12 @@ from ..engine.files import read_json, sha256, write_json
 
 CARD = "miram.encoder/1"
 
+RESERVED = {
+    "img_size": "the size is model.image_size",
+    "num_classes": "an encoder has none",
+    "pretrained": "weights come from init, e.g. init: timm:NAME",
+    "patch_drop_rate": "patches are hidden by model.mask_ratio",
+}
 Encoder = VisionTransformer | Eva  # Eva is timm's ViT with rotary positions: EVA-02, DINOv3
 
 
@@ -58,6 +65,8 @@ def card_for(name: str, image_size: tuple[int, int], options: Mapping[str, Any])
     known = timm.list_models(["*vit*", "eva*"])
     if name not in known:
         raise UserError(f"model.encoder: timm has no ViT {name!r}{did_you_mean(name, known) if len(name) > 3 else ''}")
+    for option in RESERVED.keys() & options.keys():
+        raise UserError(f"model.encoder_options.{option} is not for you to set; {RESERVED[option]}")
     return EncoderCard(
         architecture=name, kwargs={"in_chans": 1, "num_classes": 0, "img_size": list(image_size), **options}
     )
@@ -85,6 +94,13 @@ def build_encoder(card: EncoderCard) -> Encoder:
         raise UserError(
             f"model.encoder: {card.architecture} norms after pooling, not before; choose a ViT with a class token"
         )
+    if getattr(vit, "attn_pool", None) is not None:
+        raise UserError(
+            f"model.encoder: {card.architecture} pools by attention, which nothing here would train; set "
+            "model.encoder_options={global_pool: avg}"
+        )
+    if type(vit.patch_embed) is not PatchEmbed or len(set(vit.patch_embed.patch_size)) > 1:
+        raise UserError(f"model.encoder: {card.architecture} does not cut images into plain square patches")
     initialise(vit)
     set_sincos_positions(vit)
     return describe(vit, card)

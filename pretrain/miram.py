@@ -11,7 +11,8 @@ scale s: N predicted patches of P x P pixels, of which K are decoded in a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
@@ -74,30 +75,27 @@ class Miram(Objective):
             )
         self.register_buffer("units", tile_ids(self.grid, (mask_unit, mask_unit)), persistent=False)
         self.units: Tensor
-        own = [section for section in scales if section.tokens == "upsampled"]
-        width = own[0].width
+        width = next(section.width for section in scales if section.tokens == "upsampled")
         self.decoder_embed = nn.Linear(encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoders = nn.ModuleDict(
-            {str(x.scale): Decoder(x, width, self.grid, self.prefix_tokens, self.out_dim(x)) for x in own}
-        )
-        self.wide_heads = nn.ModuleDict(
-            {str(x.scale): nn.Linear(self.shared_width(own), self.out_dim(x)) for x in scales if x.tokens == "shared"}
-        )
+        self.decoders, self.wide_heads = nn.ModuleDict(), nn.ModuleDict()
+        for i, section in enumerate(scales):
+            with naming(f"scales.{i}"):
+                self.add_scale(section, width)
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
         self.encoder = encoder  # after `initialise`: its weights may come from elsewhere
 
-    def out_dim(self, section: ScaleSection) -> int:
-        """P*P*C, values of a predicted patch."""
-        return self.patch_of(section) ** 2 * self.channels
-
-    def shared_width(self, own: Sequence[ScaleSection]) -> int:
-        """Width of the decoder of scale 1, whose tokens `tokens: shared` reads."""
-        found = [section.width for section in own if section.scale == 1]
-        if not found:
-            raise ValueError("tokens: shared needs a decoder of scale 1")
-        return found[0]
+    def add_scale(self, section: ScaleSection, width: int) -> None:
+        """A decoder, or a head on that of scale 1."""
+        name, out_dim = str(section.scale), self.patch_of(section) ** 2 * self.channels
+        if section.tokens == "upsampled":
+            self.decoders[name] = Decoder(section, width, self.grid, self.prefix_tokens, out_dim)
+            return
+        coarse = [other.width for other in self.scales if other.scale == 1 and other.tokens == "upsampled"]
+        if not coarse:
+            raise ValueError("tokens: shared needs a decoder of scale 1 to share")
+        self.wide_heads[name] = nn.Linear(coarse[0], out_dim)
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -222,6 +220,15 @@ class Miram(Objective):
             if section.decode_fraction < 1:
                 shapes[f"tiles/{section.scale}"] = (len(self.decoder_of(section).tiles),)
         return shapes
+
+
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Say in which part of the configuration a value is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{part}: {error}") from error
 
 
 def reads(section: ScaleSection) -> str:

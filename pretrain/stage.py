@@ -39,8 +39,7 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
         refuse_accumulation(settings.train, accelerator.num_processes)
     shards = open_shards(settings.data)
     card = encoder_card(settings, shards)
-    with accelerator.main_process_first():  # which downloads what `init` names
-        objective, said = build_objective(settings, card)
+    objective, said = build_objective(settings, card)
     views = build_views(settings, card, objective)
     skip = settings.data.on_damage == "skip"
     stream = EpochStream(shards, views, settings.train.batch_size, settings.seed, settings.data.workers, skip=skip)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from miram.data.shards import ShardDataset
 from miram.data.views import windows
@@ -20,15 +19,15 @@ from miram.engine.launch import device
 from miram.engine.metrics import Floats, bootstrap_scores, patient_bootstrap, score
 from miram.finetune.attentive import Tokens, fit_attentive
 from miram.finetune.linear import Fold, Task, grouped_folds, judge, read_task
-from miram.pretrain.encoder import normalisation
+from miram.pretrain.encoder import Encoder, normalisation
 
 JUDGED = "miram.experiment.judged/1"
 TASKS, PROBES = ("calc", "margin"), ("linear", "attentive")
 C_GRID = (0.001, 0.01, 0.1, 1.0)
-FOLDS, INNER, REPLICATES, SEED = 2, 3, 1000, 0
+FOLDS, INNER, REPLICATES, SEED = 2, 3, 500, 0
 
 
-def judge_encoder(vit: VisionTransformer, shards: ShardDataset, out: Path) -> None:
+def judge_encoder(vit: Encoder, shards: ShardDataset, out: Path) -> None:
     """Write what both probes make of the encoder on both tasks; patients and bootstrap samples are always the same."""
     tokens = tokens_of(vit, shards)
     judged: dict[str, object] = {}
@@ -36,8 +35,9 @@ def judge_encoder(vit: VisionTransformer, shards: ShardDataset, out: Path) -> No
         task = read_task(shards, name)
         splits = list(grouped_folds(task.truth, task.patients, FOLDS, SEED, task))
         weights = patient_bootstrap(task.truth, task.patients, REPLICATES, SEED)
-        linear, chosen = by_linear(tokens, task, splits)
-        for probe, p in (("linear", linear), ("attentive", by_attentive(tokens, task, splits))):
+        of_task = tokens[task.chosen]
+        linear, chosen = by_linear(of_task, task, splits)
+        for probe, p in (("linear", linear), ("attentive", by_attentive(of_task, task, splits))):
             samples = bootstrap_scores(task.metric, task.truth, p, weights)
             judged[f"{name}/{probe}"] = {
                 "value": score(task.metric, task.truth, p),
@@ -48,7 +48,7 @@ def judge_encoder(vit: VisionTransformer, shards: ShardDataset, out: Path) -> No
 
 
 @torch.inference_mode()
-def tokens_of(vit: VisionTransformer, shards: ShardDataset, batch: int = 64) -> Tokens:
+def tokens_of(vit: Encoder, shards: ShardDataset, batch: int = 64) -> Tokens:
     """(n, N, D) tokens of every square at the encoder's own size; a square gives one window."""
     normalise, on = normalisation(vit), device()
     vit = vit.eval().to(on)

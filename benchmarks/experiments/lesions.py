@@ -1,10 +1,11 @@
-"""Squares of phantom films around planted lesions: two labels that hang on fine detail.
+"""Squares of phantom films around planted lesions: two tasks that hang on fine detail.
 
-A film is drawn without lesions; then, at places of its tissue that do not overlap, each square gets a mass (label
-`margin`: spiculated or indistinct) and half of the squares a cluster of microcalcifications (label `calc`). The
-lesions are the phantom's own (data/phantom_texture.py); only which square has what is decided here, so that neither
-label depends on the other, on the tissue or on the patient. A mass of indistinct margin is a spiculated one blurred:
-body, halo and brightness are alike, and only the fine rays tell them apart.
+A film is drawn without lesions and cut, where its tissue is, into squares that do not overlap. Even squares get a mass
+near the middle (label `margin`: spiculated or indistinct), every other odd square a cluster of microcalcifications
+(label `calc`: there or not), so that no task is the other's nuisance. The lesions are the phantom's own
+(data/phantom_texture.py); which square has what depends neither on the tissue nor on the patient. A mass of indistinct
+margin is a spiculated one blurred: body, halo and brightness are alike, and only the fine rays tell them apart. Every
+square's tissue is levelled to one mean grey, as a reader's window does: otherwise how bright a patient is drowns all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from miram.data.record import Film, Record
 
 KEY = b"miram phantoms"  # as of all phantoms: no secret
 MARGINS = ("indistinct", "spiculated")
-BLUR_MM = 0.5  # standard deviation of an indistinct margin
+LEVEL = 2048.0  # mean grey level of a square before anything is planted
 GREY = 1700.0  # grey levels of one unit of the phantom's tissue
 TISSUE = 600  # grey level above which a pixel is breast, not film
 PLANTED = 77  # stream of what is planted, apart from the phantom's own
@@ -39,20 +40,24 @@ class LesionSettings:
 
     seed: int
     """another seed, other patients"""
-    film: int = 800
+    film: int = 1200
     """rows of a film of 240 mm"""
-    side: int = 160
+    side: int = 96
     """of a square, in pixels of the film"""
-    per_film: int = 4
+    per_film: int = 8
     """squares of a film"""
-    margin: float = 1.0
+    margin: float = 2.5
     """contrast of masses, in units of the phantom's"""
-    calc: float = 1.0
-    """contrast of calcifications, likewise"""
-    mass_mm: tuple[float, float] = (4.0, 8.0)
+    blur_mm: float = 0.5
+    """standard deviation of an indistinct margin"""
+    calc: float = 0.9
+    """contrast of calcifications, in units of the phantom's"""
+    mass_mm: tuple[float, float] = (2.5, 5.0)
     """smallest and largest radius of a mass"""
-    cluster_mm: tuple[float, float] = (2.0, 5.0)
+    cluster_mm: tuple[float, float] = (2.0, 4.0)
     """smallest and largest radius of a cluster"""
+    off_mm: tuple[float, float] = (1.5, 4.0)
+    """how far from the middle, down and across, a mass and a cluster may lie"""
 
     @property
     def phantom(self) -> PhantomSettings:
@@ -87,8 +92,7 @@ def records(patients: int, settings: LesionSettings) -> list[Record]:
 
 
 def _record(settings: LesionSettings, patient: int, side: str, number: int) -> Record:
-    spiculated, calcified = _labels(settings, patient, side, number)
-    name = f"s{settings.seed}-p{patient:04d}"
+    positive, name = _positive(settings, patient, side, number), f"s{settings.seed}-p{patient:04d}"
     return Record(
         read=partial(square, settings, patient, side, number),
         name=f"{name} {side} {number}",
@@ -97,7 +101,7 @@ def _record(settings: LesionSettings, patient: int, side: str, number: int) -> R
         exam_id=name,
         laterality=side,
         view="CC",
-        labels={"margin": MARGINS[spiculated], "calc": int(calcified)},
+        labels={"calc": int(positive)} if number % 2 else {"margin": MARGINS[positive]},
     )
 
 
@@ -105,32 +109,35 @@ def _stream(settings: LesionSettings, patient: int, side: str, *key: int) -> np.
     return stream(settings.seed, PLANTED, patient, SIDES.index(side), *key)
 
 
-def _labels(settings: LesionSettings, patient: int, side: str, number: int) -> tuple[bool, bool]:
-    spiculated, calcified = _stream(settings, patient, side, number, 0).random(2) < 0.5
-    return bool(spiculated), bool(calcified)
+def _positive(settings: LesionSettings, patient: int, side: str, number: int) -> bool:
+    return bool(_stream(settings, patient, side, number, 0).random() < 0.5)
 
 
 def square(settings: LesionSettings, patient: int, side: str, number: int) -> Film:
-    """One square with its lesions: (side, side) of 12 bits."""
+    """One square with what is planted in it: (side, side) of 12 bits."""
     film, corners = _film(settings, patient, side)
     top, left = corners[number]
     tissue = film[top : top + settings.side, left : left + settings.side].astype(np.float32)
-    planted = plant(settings, _stream(settings, patient, side, number, 1), *_labels(settings, patient, side, number))
-    pixels = np.clip(tissue + np.float32(GREY) * planted, 0, MAX_VALUE).astype(np.uint16)
+    draw = plant_cluster if number % 2 else plant_mass
+    positive, rng = _positive(settings, patient, side, number), _stream(settings, patient, side, number, 1)
+    values = tissue - tissue.mean() + np.float32(LEVEL) + np.float32(GREY) * draw(settings, rng, positive)
+    pixels = np.clip(values, 0, MAX_VALUE).astype(np.uint16)
     return Film(pixels=pixels, max_value=MAX_VALUE, spacing_mm=settings.spacing)
 
 
-def plant(settings: LesionSettings, rng: np.random.Generator, spiculated: bool, calcified: bool) -> Array:
-    """What is added to a square, in units of tissue. Every square draws alike, so that labels change nothing else."""
-    mass_mm, cluster_mm = (float(rng.uniform(*bounds)) for bounds in (settings.mass_mm, settings.cluster_mm))
-    mass_at, cluster_at = rng.uniform(-3, 3, 2), rng.uniform(-9, 9, 2)
-    mass_rng, cluster_rng = rng.spawn(2)
-    body = mass(mass_mm, _around(settings, mass_at), mass_rng, spiculated=True)
-    body = body if spiculated else ndimage.gaussian_filter(body, BLUR_MM / settings.spacing)
-    added = settings.margin * body
-    if calcified:
-        added = added + settings.calc * cluster(cluster_mm, _around(settings, cluster_at), cluster_rng)
-    return added.astype(np.float32)
+def plant_mass(settings: LesionSettings, rng: np.random.Generator, spiculated: bool) -> Array:
+    """What a mass adds to a square, in units of tissue."""
+    radius, off = rng.uniform(*settings.mass_mm), settings.off_mm[0]
+    body = mass(radius, _around(settings, rng.uniform(-off, off, 2)), rng, spiculated=True)
+    body = body if spiculated else ndimage.gaussian_filter(body, settings.blur_mm / settings.spacing)
+    return np.float32(settings.margin) * body.astype(np.float32)
+
+
+def plant_cluster(settings: LesionSettings, rng: np.random.Generator, there: bool) -> Array:
+    """What a cluster of microcalcifications, or none, adds to a square, in units of tissue."""
+    radius, off = rng.uniform(*settings.cluster_mm), settings.off_mm[1]
+    specks = cluster(radius, _around(settings, rng.uniform(-off, off, 2)), rng)
+    return np.float32(settings.calc * there) * specks.astype(np.float32)
 
 
 def _around(settings: LesionSettings, centre: NDArray[np.float64]) -> Grid:

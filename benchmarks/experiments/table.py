@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import cell_folder, shares_cell
-from judging import JUDGED, PROBES, TASKS
 from matplotlib.figure import Figure
 from scipy import stats
 
+from miram.benchmarks.experiments.cells import cell_folder, shares_cell
+from miram.benchmarks.experiments.judging import JUDGED, PROBES, TASKS
 from miram.engine.files import read_json, write_atomic, write_json
 from miram.engine.metrics import Estimate, Floats
 

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from miram.data.phantom import DENSITIES, FRAME_MM, PhantomSettings, records
+from miram.data.phantom_texture import Grid, mass, stream
 from miram.data.record import Film, Record
 
 SMALL = PhantomSettings(size=256)
@@ -197,3 +198,16 @@ def test_calcifications_smaller_than_a_pixel_still_show() -> None:
     shown = replace(SMALL, size=192, mass_rate=0, calc_rate=1, noise=0)
     for (record, film), (_, empty) in zip(films(4, shown), films(4, replace(shown, contrast=0)), strict=True):
         assert (film.pixels.astype(int) - empty.pixels).max() > 120, record.name
+
+
+def test_a_mass_is_spiculated_where_the_caller_says_so_and_drawn_otherwise() -> None:
+    axis = (np.arange(96, dtype=np.float32) - 47.5) * np.float32(0.25)
+    grid = Grid(spacing=0.25, y=axis[:, None], x=axis[None])
+    outside = np.hypot(grid.y, grid.x) > 1.5 * 5  # the body ends about its radius, rays go on
+    drawn = []
+    for seed in range(12):
+        free, told, smooth = (mass(5, grid, stream(seed), spiculated=s) for s in (None, True, False))
+        assert told[outside].max() > 0.005 > smooth[outside].max()
+        drawn.append(np.array_equal(free, told))
+        assert drawn[-1] != np.array_equal(free, smooth)
+    assert {True, False} == set(drawn)

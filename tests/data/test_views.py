@@ -91,7 +91,7 @@ def test_tissue_is_the_part_of_a_cell_that_is_not_zero(views: MultiScaleViews, f
 
 
 def test_noise_is_uniform_and_one_number_a_patch(views: MultiScaleViews) -> None:
-    values = replace(views, patches=20_000)(sample(noise()), 0)["noise"].numpy()
+    values = replace(views, units=20_000)(sample(noise()), 0)["noise"].numpy()
     assert values.shape == (20_000,)
     assert 0 <= values.min() < values.max() < 1
     np.testing.assert_allclose(np.histogram(values, 10, (0, 1))[0], 2000, atol=5 * 2000**0.5)

@@ -433,3 +433,17 @@ def test_a_monitor_looks_when_it_is_due_and_its_figures_are_logged(
     assert eye.seen == [line["step"] for line in lines if "eye" in line] == seen
     assert [line["step"] for line in lines] == sorted({3, 6, 9, 10, *seen})
     assert all(line["eye"] == line["step"] for line in lines if "eye" in line)
+
+
+def test_a_batch_in_which_nothing_counts_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """Its loss is zero, and the other loss is learnt as ever."""
+
+    def nothing(step: int, part: int, batch: Batch) -> None:
+        if step == 3:
+            batch["counted"] = torch.zeros(BATCH)
+
+    learnt = fit(tmp_path, stream=Rows(nothing))
+    assert weights(learnt).isfinite().all()
+    lines = losses(tmp_path)
+    assert lines[3]["loss/some"] == 0
+    assert lines[3]["loss/all"] > 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miram.pretrain.attention import build_attention
-from miram.pretrain.config import ScaleSection
+from miram.pretrain.config import ModelSection, ScaleSection
 from miram.pretrain.decoder import Decoder, UpsampleTokens, divide
 from miram.pretrain.encoder import build_encoder, card_for, encode_visible, sincos_positions
 from miram.pretrain.masking import random_masking, upsample_mask
@@ -134,6 +134,17 @@ def test_learned_upsampling_has_a_matrix_for_each_place() -> None:
     torch.testing.assert_close(fine[:, 1::2, 0::2], -coarse)
     for a, b in ((0, 0), (0, 1), (1, 1)):
         torch.testing.assert_close(fine[:, a::2, b::2], coarse)
+
+
+def test_fine_tokens_have_the_positions_of_their_own_grid() -> None:
+    """Row and column of the 4 x 6 grid, written out: MAE has those of the column first; the prefix has none."""
+    decoder = Decoder(scale(2), 16, (2, 3), 1, 256)
+    assert not decoder.pos_embed[:, :1].any()
+    positions, omega = decoder.pos_embed[0, 1:].reshape(4, 6, 16), 1 / 10000 ** (torch.arange(4) / 4)
+    for i in range(4):
+        for j in range(6):
+            by_hand = [torch.sin(j * omega), torch.cos(j * omega), torch.sin(i * omega), torch.cos(i * omega)]
+            torch.testing.assert_close(positions[i, j], torch.cat(by_hand))
 
 
 def test_decoder_gives_one_token_a_fine_patch() -> None:
@@ -341,6 +352,10 @@ def test_impossible_combinations_are_refused() -> None:
         model(scale(1), mask_unit=2, size=(48, 48))
     with pytest.raises(ValueError, match="needs a decoder of scale 1"):
         model(scale(2), ScaleSection(scale=4, tokens="shared"))
+    with pytest.raises(ValidationError, match="every weight is 0"):
+        ModelSection(scales=(scale(1, weight=0.0), scale(2, weight=0.0)))
+    with pytest.raises(ValidationError, match="needs a decoder of scale 1"):
+        ModelSection(scales=(scale(2), ScaleSection(scale=4, tokens="shared")))
     with pytest.raises(ValidationError, match="leave out depth"):
         ScaleSection(scale=2, tokens="shared", depth=3)
     with pytest.raises(ValidationError, match="valid integer"):

@@ -102,7 +102,7 @@ def test_the_pictures_are_those_of_the_objective(calm: dict[str, Path]) -> None:
 
 def test_a_run_looks_and_logs_what_it_saw(tiny: list[str], calm: dict[str, Path], tmp_path: Path) -> None:
     """Looking changes nothing of what is learnt."""
-    looks = ["--monitor.every=3", "--monitor.task=laterality_", "--monitor.images=32"]
+    looks = ["--monitor.every=3", "--monitor.task=mass", "--monitor.images=32"]
     pretrain("pretrain/demo", arguments("all", tiny, tmp_path, *looks))
     lines = read_metrics(tmp_path / "metrics.jsonl")
     for key in ("rankme", "probe/density", "knn/density"):
@@ -132,8 +132,16 @@ def test_training_goes_on_from_another_encoder_at_another_size(
         ("moco", "--init={calm}", "depth"),
         ("all", "--model.scales.1.decode_fraction=0.3", "decode_fraction 0.3"),
         ("all", "--model.mask_unit=3", "mask_unit 3"),
-        ("all", "--model.attention_backend=xformers", "attention_backend: xformers"),
+        ("all", "--model.attention_backend=xformers", "there is no CUDA device"),
+        ("shared", "--model.attention_backend=xformers", "xformers"),
+        ("moco", "--model.attention_backend=xformers", "moco_v3 has no decoder"),
         ("all", "--monitor.task=nosuch", "nosuch"),
+        ("moco", "--model.encoder_options={num_classes: 3}", "model.encoder_options.num_classes"),
+        ("all", "--model.encoder_options={img_size: [64, 64]}", "model.image_size"),
+        ("all", "--model.encoder_options={patch_size: [16, 8]}", "square patches"),
+        ("all", "--model.encoder=vit_base_patch16_siglip_224", "pools by attention"),
+        ("all", "--model.scales.1.options={window: 0}", "model.scales.1"),
+        ("all", "--model.mask_ratio=1e-17", "model.mask_ratio"),
         ("shared", "--model.scales.1.depth=2", "leave out depth"),
         ("shared", "--model.scales.0.scale=4", "scale 1"),
         ("shared", "--model.scales.1.scale=1.5", "model.scales.1.scale"),
@@ -151,8 +159,8 @@ def test_what_does_not_fit_gets_one_line_and_leaves_nothing(
     if torch.cuda.is_available() and "xformers" in override:
         pytest.skip("xformers may run here")
     out = tmp_path / "never"
-    more = [override.format(calm=calm["all"])]
-    if "xformers" in override:
+    more = [override.replace("{calm}", str(calm["all"]))]
+    if named == "there is no CUDA device":
         more.append("--model.scales.0={scale: 1, depth: 1, width: 64, heads: 4}")
     if "{calm}" in override:
         more.append("--model.encoder_options={depth: 3, embed_dim: 32, num_heads: 2}")
