@@ -34,7 +34,7 @@ def exit_code(run: Callable[[], object]) -> int:
     except UserError as error:
         print(f"miram: {one_line(str(error))}", file=sys.stderr)
         return USER_ERROR
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError) as error:
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError, FileExistsError) as error:
         print(f"miram: {error.filename}: {error.strerror}; name another place, or mend this one", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
@@ -56,7 +56,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+FEW = 30  # names that a sentence can list
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """`; did you mean X?` for the nearest known name, else the list of them."""
     near = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}" if len(known) <= FEW else ""

@@ -47,8 +47,11 @@ class ScaleSection(Section):
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads}) and of 4")
         decoder = {"attention", "depth", "width", "heads", "upsample", "decode_fraction", "checkpointing", "options"}
         if self.tokens == "shared" and (idle := sorted(decoder & self.model_fields_set)):
-            raise ValueError(f"tokens: shared has no decoder of its own; leave out {', '.join(idle)}")
-        check_options(ATTENTIONS[self.attention], self.options, f"attention {self.attention}")
+            raise ValueError(
+                f"tokens: shared has no decoder of its own; leave out {', '.join(idle)}, or replace the whole scale, e.g. "
+                f"by {{scale: {self.scale}, tokens: shared}}"
+            )
+        check_options(ATTENTIONS[self.attention], self.options, f"attention {self.attention}; options={{}} clears them")
         return self
 
 
