@@ -9,13 +9,14 @@ vit = timm.create_model(card["architecture"], **card["kwargs"]); vit.load_state_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
 import timm
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed
@@ -56,7 +57,9 @@ class EncoderCard:
         return height, width
 
 
-def card_for(name: str, image_size: tuple[int, int], options: Mapping[str, Any]) -> EncoderCard:
+def card_for(
+    name: str, image_size: tuple[int, int], options: Mapping[str, Any], setting: str = "model.encoder"
+) -> EncoderCard:
     """The card of a timm ViT, grayscale unless `options` hold another `in_chans`.
 
     Raises:
@@ -64,7 +67,8 @@ def card_for(name: str, image_size: tuple[int, int], options: Mapping[str, Any])
     """
     known = timm.list_models(["*vit*", "eva*"])
     if name not in known:
-        raise UserError(f"model.encoder: timm has no ViT {name!r}{did_you_mean(name, known) if len(name) > 3 else ''}")
+        near = did_you_mean(name, known)  # or all of timm's names, which are no help
+        raise UserError(f"{setting}: timm has no ViT {name!r}{near if len(near) < 100 else ''}")
     for option in RESERVED.keys() & options.keys():
         raise UserError(f"model.encoder_options.{option} is not for you to set; {RESERVED[option]}")
     return EncoderCard(
@@ -209,7 +213,8 @@ def set_channels(vit: Encoder, channels: int) -> str:
 
     Of a grey pixel g, colour channel c sees (g - m_c) / s_c and a single channel u = (g - m) / s, m and s the means of
     m_c and s_c. Put g = s u + m into sum_c W_c (g - m_c) / s_c: the channels are summed with weights s / s_c, and what
-    is left, sum_c W_c (m - m_c) / s_c, is a constant for the bias. Several channels share a single one's weights.
+    is left, sum_c W_c (m - m_c) / s_c, is a constant for the bias. A projection without one (CLIP's) loses it, and
+    grey pictures give what they gave but for that constant. Several channels share a single one's weights.
     """
     old, config = cast(Any, vit.patch_embed.proj), cast(Any, vit).pretrained_cfg
     if old.in_channels == channels:
@@ -225,9 +230,9 @@ def set_channels(vit: Encoder, channels: int) -> str:
     statistics = {"mean": (mean.mean().item(),) * channels, "std": (std.mean().item(),) * channels}
     size = (channels, *vit.patch_embed.img_size)
     cast(Any, vit).pretrained_cfg = {**config, **statistics, "input_size": size}
-    return (
-        f"{old.in_channels} channels summed to {channels}" if channels == 1 else f"grey spread over {channels} channels"
-    )
+    lost = new.bias is None and bool(shift.any())
+    done = f"{old.in_channels} channels summed to 1" if channels == 1 else f"grey spread over {channels} channels"
+    return done + "; WITHOUT A BIAS THE DIFFERENCE OF THE CHANNELS' MEANS IS LOST" * lost
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -251,8 +256,12 @@ def read_card(path: Path) -> EncoderCard:
         UserError: it is missing or no such file.
     """
     content = read_json(path, CARD)
-    fields = {k: content[k] for k in ("architecture", "kwargs", "provenance")}
-    return EncoderCard(**fields, mean=tuple(content["mean"]), std=tuple(content["std"]))
+    try:
+        card = TypeAdapter(EncoderCard).validate_python({f.name: content[f.name] for f in fields(EncoderCard)})
+        assert card.image_size and card.kwargs["in_chans"] > 0
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}, {one_line(str(error))[:200]}") from error
+    return card
 
 
 def find_card(path: str) -> tuple[Path, EncoderCard]:

@@ -7,7 +7,6 @@ FILE   a .pth, .pt or .bin of tensors, bare or under "model" or "state_dict"; a 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,11 +22,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ...engine.errors import UserError, one_line
-from ..encoder import Encoder, EncoderCard, build_encoder, card_for, find_card, load_encoder
+from ..encoder import RESERVED, Encoder, EncoderCard, build_encoder, card_for, find_card, load_encoder
+from .hub import NAMES, HubConfig, read_config
 from .layouts import Fate, Weights, translate
 from .start import read_decoder
 
-NAMES = ("model.safetensors", "pytorch_model.bin")  # of weights in a folder of the hub
 USUAL = {  # width: timm's name, patch, depth, heads
     192: ("vit_tiny_patch16_224", 16, 12, 3),
     384: ("vit_small_patch16_224", 16, 12, 6),
@@ -59,14 +58,17 @@ def read_source(file: Path, architecture: str | None) -> Source:
         return read_ours(file)
     path = weights_file(file)
     state, dropped = tensors_of(read_tensors(path), path)
-    weights, config = translate(state), read_config(file)
+    config = read_config(file)
+    if config.model_type.startswith("dinov3") or any(key.endswith("patch_embeddings.weight") for key in state):
+        raise UserError(f"{file} is DINOv3 as transformers lays it out, which is not read here; get timm's file of it")
+    weights = translate(state)
     card, notes = identify(weights, config, architecture, path)
     return Source(
         vit=load_into(build_encoder(card), weights, card, path),
         card=card,
         fates=weights.fates + dropped,
         decoder=weights.decoder,
-        decoder_heads=config.get("decoder_num_attention_heads", 16),
+        decoder_heads=config.decoder_num_attention_heads,
         notes=[f"{path}: {notes[0]}", *notes[1:]],
     )
 
@@ -109,10 +111,12 @@ def read_tensors(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # options that MAE's trainer keeps in the file
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own for bytes that are not what they should be
-        raise UserError(
-            f"{path} cannot be read as plain tensors ({one_line(str(error))[:160]}); objects in it would have to run "
-            "code: save its state_dict alone"
-        ) from error
+        said = str(error)
+        if object_in_it := re.search(r"GLOBAL (\S+)", said):
+            why = f"it holds a {object_in_it[1]}, which would run code; save the state_dict alone"
+        else:  # torch puts advice before what happened
+            why = f"{type(error).__name__}: {one_line(said.rpartition('WeightsUnpickler error:')[2])[:120]}"
+        raise UserError(f"{path} cannot be read as plain tensors ({why})") from error
 
 
 def tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], list[Fate]]:
@@ -127,58 +131,45 @@ def tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], list[Fate]]
         raise UserError(f"{path} holds no tensors under names, bare or as 'model' or 'state_dict'")
     around = [] if wrapper is None else [key for key in content if key != wrapper]
     around += [key for key, value in state.items() if not isinstance(value, Tensor)]
-    tensors = {str(key): value.float() for key, value in state.items() if isinstance(value, Tensor)}
-    return tensors, [Fate(str(key), "dropped", "no weights of the model") for key in around]
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """config.json and preprocessor_config.json of a folder of the hub, together; empty if there are none.
-
-    Raises:
-        UserError: one of them is not JSON, or says what no ViT of timm's does.
-    """
-    found: dict[str, Any] = {}
-    for name in ("config.json", "preprocessor_config.json"):
-        path = (file if file.is_dir() else file.parent) / name
-        if path.is_file():
-            try:
-                found |= json.loads(path.read_text())
-            except ValueError as error:
-                raise UserError(f"{path} cannot be read as JSON ({error})") from error
-    if found.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{file}: hidden_act is {found['hidden_act']}; timm's ViTs have gelu")
-    return found
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}, [Fate(str(key), "dropped", "no weights of the model") for key in around]
 
 
 # ---------------------------------------------------------------------------------------------- architecture
 
 
 def identify(
-    weights: Weights, config: Mapping[str, Any], architecture: str | None, path: Path
+    weights: Weights, config: HubConfig, architecture: str | None, path: Path
 ) -> tuple[EncoderCard, list[str]]:
     """The card of the encoder as it was, and sentences on what of it was guessed.
 
     Raises:
         UserError: it needs to be named.
     """
-    state, name = weights.encoder, architecture or config.get("architecture")
+    state, name = weights.encoder, architecture or config.architecture
     if "patch_embed.proj.weight" not in state:
         raise UserError(f"{path} is of no known layout (its keys begin {', '.join(list(state)[:3])}); see --help")
     if name is None:
         name, options, how = from_shapes(state, config, path)
     else:
-        name, options, how = name, dict(config.get("model_args", {})), "as it was named"
+        options, how = timms_options(config), "as it was named"
     base = name.partition(".")[0]
     mean, std, whence = statistics(weights, config, name if how == "as it was named" else None)
     options = {"in_chans": state["patch_embed.proj.weight"].shape[1], **options}
-    card = card_for(base, source_size(weights, config, base), options)
+    card = card_for(base, source_size(weights, config, base), options, f"--architecture of {path}")
     notes = [f"read as {base} {options}, {how}", f"pixels were normalised with {whence}"]
-    if (eps := config.get("layer_norm_eps", 1e-6)) != 1e-6:
-        notes.append(f"its norms add {eps:g} to the variance, timm's add 1e-06")
+    if config.layer_norm_eps != 1e-6:
+        notes.append(f"its norms add {config.layer_norm_eps:g} to the variance, timm's add 1e-06")
     return replace(card, mean=mean, std=std), notes
 
 
-def from_shapes(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, Any], str]:
+def timms_options(config: HubConfig) -> dict[str, Any]:
+    """What timm's model was built with, without what is ours to set; timm writes most of that into every folder."""
+    ours = {*RESERVED, "in_chans", *([] if config.options.get("global_pool") == "token" else ["global_pool"])}
+    return {key: value for key, value in config.options.items() if key not in ours}
+
+
+def from_shapes(state: Mapping[str, Tensor], config: HubConfig, path: Path) -> tuple[str, dict[str, Any], str]:
     """timm's name and options for weights of these shapes, and how the heads, which no shape shows, were found.
 
     Raises:
@@ -186,7 +177,7 @@ def from_shapes(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Pa
     """
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     name, *usual = USUAL.get(width, ("vit_base_patch16_224", 16, 12, 12))
-    heads = config.get("num_attention_heads") or (usual[2] if width in USUAL else width // 64)
+    heads = config.num_attention_heads or (usual[2] if width in USUAL else width // 64)
     if "pos_embed" not in state or "cls_token" not in state or heads < 1 or width % heads:
         raise UserError(
             f"{path}: its shapes do not tell what it is; name it, e.g. --architecture=vit_small_patch16_dinov3"
@@ -204,23 +195,23 @@ def from_shapes(state: Mapping[str, Tensor], config: Mapping[str, Any], path: Pa
         "reg_tokens": (registers, 0),
         "no_embed_class": (isqrt(positions) ** 2 == positions, False),
     }
-    how = (
-        "heads from config.json"
-        if "num_attention_heads" in config
-        else f"THE {heads} HEADS ARE A GUESS from the width; if they are others, name the model with --architecture"
-    )
+    if config.num_attention_heads:
+        how = "heads from config.json"
+    elif width in USUAL:
+        how = f"{heads} heads, as is usual at this width"
+    else:
+        how = f"THE {heads} HEADS ARE A GUESS from the width; if they are others, name the model with --architecture"
     return name, {key: value for key, (value, default) in facts.items() if value != default}, how
 
 
-def source_size(weights: Weights, config: Mapping[str, Any], name: str) -> tuple[int, int]:
+def source_size(weights: Weights, config: HubConfig, name: str) -> tuple[int, int]:
     """Height and width that the positions belong to: from a config, else of a square.
 
     Raises:
         UserError: the positions are of no square.
     """
     positions, patch = weights.encoder.get("pos_embed"), weights.encoder["patch_embed.proj.weight"].shape[-1]
-    told = config.get("image_size") or config.get("pretrained_cfg", {}).get("input_size", (0, 0))[-2:]
-    sides = (told, told) if isinstance(told, int) else tuple(told)
+    sides = config.size or (0, 0)
     registers = weights.encoder["reg_token"].shape[1] if "reg_token" in weights.encoder else 0
     if positions is None:
         known = timm.get_pretrained_cfg(name)
@@ -235,16 +226,18 @@ def source_size(weights: Weights, config: Mapping[str, Any], name: str) -> tuple
 
 
 def statistics(
-    weights: Weights, config: Mapping[str, Any], name: str | None
+    weights: Weights, config: HubConfig, name: str | None
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and standard deviation of each channel that the weights were trained with, and where that is known from."""
     channels = weights.encoder["patch_embed.proj.weight"].shape[1]
-    timms = config.get("pretrained_cfg") or {}
+    timms = config.pretrained_cfg
     known = timm.get_pretrained_cfg(name) if name else None
-    if "image_mean" in config:
-        mean, std, whence = config["image_mean"], config["image_std"], "what preprocessor_config.json says"
-    elif "mean" in timms:
-        mean, std, whence = timms["mean"], timms["std"], "what config.json says"
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    if config.image_mean and config.image_std:
+        mean, std, whence = config.image_mean, config.image_std, "what preprocessor_config.json says"
+    elif timms.mean and timms.std:
+        mean, std, whence = timms.mean, timms.std, "what config.json says"
     elif known and not weights.is_mae:
         mean, std, whence = known.mean, known.std, f"what timm says of {name}"
     else:
