@@ -48,7 +48,7 @@ class ScaleSection(Section):
         decoder = {"attention", "depth", "width", "heads", "upsample", "decode_fraction", "checkpointing", "options"}
         if self.tokens == "shared" and (idle := sorted(decoder & self.model_fields_set)):
             raise ValueError(
-                f"tokens: shared has no decoder of its own; leave out {', '.join(idle)}, or replace the whole scale, e.g. "
+                f"tokens: shared has no decoder of its own; leave out {', '.join(idle)}, or replace the whole scale "
                 f"by {{scale: {self.scale}, tokens: shared}}"
             )
         check_options(ATTENTIONS[self.attention], self.options, f"attention {self.attention}; options={{}} clears them")
