@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import adapt_input_conv, checkpoint
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -95,9 +95,7 @@ def build_encoder(card: EncoderCard) -> Encoder:
     if vit.pos_embed is not None and vit.embed_dim % 4:
         raise UserError(f"model.encoder: width {vit.embed_dim} is no multiple of 4, as sine-cosine positions need")
     if any(True for _ in vit.fc_norm.parameters()):
-        raise UserError(
-            f"model.encoder: {card.architecture} norms after pooling, not before; choose a ViT with a class token"
-        )
+        raise UserError(f"model.encoder: {card.architecture} norms after pooling; choose a ViT with a class token")
     if getattr(vit, "attn_pool", None) is not None:
         raise UserError(
             f"model.encoder: {card.architecture} pools by attention, which nothing here would train; set "
@@ -230,7 +228,7 @@ def set_channels(vit: Encoder, channels: int) -> str:
     statistics = {"mean": (mean.mean().item(),) * channels, "std": (std.mean().item(),) * channels}
     size = (channels, *vit.patch_embed.img_size)
     cast(Any, vit).pretrained_cfg = {**config, **statistics, "input_size": size}
-    lost = new.bias is None and bool(shift.any())
+    lost = new.bias is None and bool(shift.abs().max() > 1e-6)
     done = f"{old.in_channels} channels summed to 1" if channels == 1 else f"grey spread over {channels} channels"
     return done + "; WITHOUT A BIAS THE DIFFERENCE OF THE CHANNELS' MEANS IS LOST" * lost
 
@@ -258,8 +256,9 @@ def read_card(path: Path) -> EncoderCard:
     content = read_json(path, CARD)
     try:
         card = TypeAdapter(EncoderCard).validate_python({f.name: content[f.name] for f in fields(EncoderCard)})
-        assert card.image_size and card.kwargs["in_chans"] > 0
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        if min(size := (card.kwargs["in_chans"], *card.image_size)) < 1:
+            raise ValueError(f"an input of {size}")
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}, {one_line(str(error))[:200]}") from error
     return card
 

@@ -60,11 +60,13 @@ def read_source(file: Path, architecture: str | None) -> Source:
     state, dropped = tensors_of(read_tensors(path), path)
     config = read_config(file)
     if config.model_type.startswith("dinov3") or any(key.endswith("patch_embeddings.weight") for key in state):
-        raise UserError(f"{file} is DINOv3 as transformers lays it out, which is not read here; get timm's file of it")
+        raise UserError(
+            f"{file} is DINOv3 as transformers lays it out, which is not read; timm's is, e.g. vit_small_patch16_dinov3"
+        )
     weights = translate(state)
     card, notes = identify(weights, config, architecture, path)
     return Source(
-        vit=load_into(build_encoder(card), weights, card, path),
+        vit=load_into(built(card, path), weights, card, path),
         card=card,
         fates=weights.fates + dropped,
         decoder=weights.decoder,
@@ -115,7 +117,7 @@ def read_tensors(path: Path) -> Any:
         if object_in_it := re.search(r"GLOBAL (\S+)", said):
             why = f"it holds a {object_in_it[1]}, which would run code; save the state_dict alone"
         else:  # torch puts advice before what happened
-            why = f"{type(error).__name__}: {one_line(said.rpartition('WeightsUnpickler error:')[2])[:120]}"
+            why = f"{type(error).__name__}: {one_line(said.rpartition('error:')[2].partition('Check the')[0])[:120]}"
         raise UserError(f"{path} cannot be read as plain tensors ({why})") from error
 
 
@@ -132,7 +134,8 @@ def tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], list[Fate]]
     around = [] if wrapper is None else [key for key in content if key != wrapper]
     around += [key for key, value in state.items() if not isinstance(value, Tensor)]
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}, [Fate(str(key), "dropped", "no weights of the model") for key in around]
+    real = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    return real, [Fate(str(key), "dropped", "no weights of the model") for key in around]
 
 
 # ---------------------------------------------------------------------------------------------- architecture
@@ -148,7 +151,8 @@ def identify(
     """
     state, name = weights.encoder, architecture or config.architecture
     if "patch_embed.proj.weight" not in state:
-        raise UserError(f"{path} is of no known layout (its keys begin {', '.join(list(state)[:3])}); see --help")
+        first = ", ".join(fate.key for fate in weights.fates[:3])
+        raise UserError(f"{path} is of no known layout (its keys begin {first}); see --help")
     if name is None:
         name, options, how = from_shapes(state, config, path)
     else:
@@ -156,7 +160,7 @@ def identify(
     base = name.partition(".")[0]
     mean, std, whence = statistics(weights, config, name if how == "as it was named" else None)
     options = {"in_chans": state["patch_embed.proj.weight"].shape[1], **options}
-    card = card_for(base, source_size(weights, config, base), options, f"--architecture of {path}")
+    card = card_for(base, source_size(weights, config, base), options, f"{path}, --architecture")
     notes = [f"read as {base} {options}, {how}", f"pixels were normalised with {whence}"]
     if config.layer_norm_eps != 1e-6:
         notes.append(f"its norms add {config.layer_norm_eps:g} to the variance, timm's add 1e-06")
@@ -179,9 +183,7 @@ def from_shapes(state: Mapping[str, Tensor], config: HubConfig, path: Path) -> t
     name, *usual = USUAL.get(width, ("vit_base_patch16_224", 16, 12, 12))
     heads = config.num_attention_heads or (usual[2] if width in USUAL else width // 64)
     if "pos_embed" not in state or "cls_token" not in state or heads < 1 or width % heads:
-        raise UserError(
-            f"{path}: its shapes do not tell what it is; name it, e.g. --architecture=vit_small_patch16_dinov3"
-        )
+        raise UserError(f"{path}: its shapes do not tell what it is; name it: --architecture=vit_small_patch16_dinov3")
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     positions = state["pos_embed"].shape[1]
     facts = {
@@ -195,13 +197,20 @@ def from_shapes(state: Mapping[str, Tensor], config: HubConfig, path: Path) -> t
         "reg_tokens": (registers, 0),
         "no_embed_class": (isqrt(positions) ** 2 == positions, False),
     }
+    return (
+        name,
+        {key: value for key, (value, default) in facts.items() if value != default},
+        whence_heads(heads, width, config),
+    )
+
+
+def whence_heads(heads: int, width: int, config: HubConfig) -> str:
+    """How the number of heads was found, aloud where it may well be wrong."""
     if config.num_attention_heads:
-        how = "heads from config.json"
-    elif width in USUAL:
-        how = f"{heads} heads, as is usual at this width"
-    else:
-        how = f"THE {heads} HEADS ARE A GUESS from the width; if they are others, name the model with --architecture"
-    return name, {key: value for key, (value, default) in facts.items() if value != default}, how
+        return "heads from config.json"
+    if width in USUAL:
+        return f"{heads} heads, as is usual at this width"
+    return f"THE {heads} HEADS ARE A GUESS from the width; if they are others, name the model with --architecture"
 
 
 def source_size(weights: Weights, config: HubConfig, name: str) -> tuple[int, int]:
@@ -246,6 +255,18 @@ def statistics(
     if channels == len(mean):
         return tuple(mean), tuple(std), whence
     return (fmean(mean),) * channels, (fmean(std),) * channels, whence
+
+
+def built(card: EncoderCard, path: Path) -> Encoder:
+    """The encoder of a card, untrained.
+
+    Raises:
+        UserError: timm cannot build it, or it is no plain ViT.
+    """
+    try:
+        return build_encoder(card)
+    except UserError as error:  # speaks of a configuration, which there is none of here
+        raise UserError(f"{path}, --architecture: {str(error).removeprefix('model.encoder: ')}") from error
 
 
 def load_into(vit: Encoder, weights: Weights, card: EncoderCard, path: Path) -> Encoder:

@@ -28,7 +28,7 @@ from ..encoder import sincos_positions
 DECODER = "decoders.1."  # of Miram, at the scale that MAE has
 AXES = {  # of tensors whose shapes are looked at before a model is there to compare them with
     "patch_embed.proj.weight": 4,
-    **dict.fromkeys(("cls_token", "reg_token", "pos_embed", "mask_token", "decoder_pos_embed"), 3),
+    **dict.fromkeys(("cls_token", "reg_token", "pos_embed", "decoder_pos_embed"), 3),
 }
 
 RULES = [

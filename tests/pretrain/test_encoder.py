@@ -117,6 +117,23 @@ def test_missing_or_foreign_weights_are_refused_by_name(saved: Path, tmp_path: P
         load_encoder(saved)
 
 
+@pytest.mark.parametrize(
+    "change", [{"mean": None}, {"mean": 5}, {"architecture": None}, {"kwargs": 3}, {"kwargs": {}}, {"std": ["a"]}]
+)
+def test_a_damaged_card_is_refused_by_name(change: dict[str, object], saved: Path) -> None:
+    card = json.loads((saved / "encoder.json").read_text()) | change
+    for content in (card, {key: value for key, value in card.items() if key not in change}):
+        (saved / "encoder.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"encoder\.json is damaged"):
+            load_encoder(saved)
+
+
+def test_an_unknown_name_is_not_answered_with_all_that_timm_knows() -> None:
+    with pytest.raises(UserError, match="qqqqqqqqqq") as refused:
+        card_for("qqqqqqqqqq", (224, 224), {})
+    assert len(str(refused.value)) < 200
+
+
 # ---------------------------------------------------------------------------------------------- registers, rotation
 
 NARROW = {"depth": 2, "embed_dim": 64, "num_heads": 2}
