@@ -274,6 +274,8 @@ def find_card(path: str) -> tuple[Path, EncoderCard]:
         raise UserError(
             f"there is no encoder at {path}: name a finished pretraining run, an encoder.safetensors, or timm:NAME"
         )
+    if not weights.with_suffix(".json").exists():
+        raise UserError(f"{weights} is no encoder of ours: run `miram convert {weights} DIR` and name DIR")
     return weights, read_card(weights.with_suffix(".json"))
 
 
