@@ -13,7 +13,7 @@ import typer
 
 from .data.__main__ import app as data_app
 from .engine.command import run_stage
-from .engine.errors import exit_code
+from .engine.errors import UserError, exit_code
 from .version import __version__
 
 app = typer.Typer(
@@ -74,7 +74,16 @@ def plan(
     from .pretrain.config import PretrainConfig
     from .pretrain.plan import plan as stage
 
-    run_stage("miram plan", PretrainConfig, partial(stage, timed=not no_time, json=json), context.args)
+    if json is not None and str(json).startswith("-"):
+        raise UserError(f"--json: name a file for the figures; {str(json)!r} came after it")
+    about = [
+        "Says what a pretraining with this configuration would cost: operations, memory, and every attention's share.",
+        "It starts no training and opens no data.",
+        "",
+        "  --no-time    time no attention on this machine, only count",
+        "  --json FILE  write the figures there, too",
+    ]
+    run_stage("miram plan", PretrainConfig, partial(stage, timed=not no_time, json=json), context.args, about)
 
 
 @app.command()

@@ -1,13 +1,14 @@
 """Attention variants against fused exact attention: time, FLOPs and memory of a sub-layer, forward and backward.
 
-python benchmarks/attention.py [--device cuda --precision bf16] [--tokens 1024,4096,9216,16384] [--only nystrom,agent]
+python benchmarks/attention.py [--device cuda] [--tokens 1024,4096,9216,16384] [--only nystrom,agent]
 PYTHONPATH=.typed python benchmarks/attention.py     where miram is not installed: mkdir .typed; ln -s .. .typed/miram
 
 Everything in ATTENTIONS runs with its default options on square grids. The contenders take turns in every round, and a
 ratio is the median over the rounds of the ratio within a round, so that whatever else the machine does hits all alike.
-On a GPU time is that between two CUDA events; on one thread it is the process's own (others on the machine cannot
-stretch it), on several it is the clock's. `no mixing` is the projections alone, the floor of every variant. What makes
-a decoder's block of an attention (norms, MLP, sums) races as `rest of block`; `block` adds it, `share` is attention's.
+On a GPU time is that between two CUDA events around as many calls as take 20 ms, which queue up; on one thread it is
+the process's own (others cannot stretch it), on several it is the clock's. `no mixing` is the projections alone, the
+floor of every variant. What makes a decoder's block of an attention (norms, MLP, sums) races as `rest of block`;
+`block` adds it, `share` is attention's.
 
 FLOPs (matrix products and convolutions, forward) and saved bytes (storages that autograd keeps, weights left out but
 not their bf16 copies) are counted on tensors without contents, through the CPU's kernels; peak memory is measured, on a
@@ -42,11 +43,14 @@ from miram.engine.errors import UserError
 from miram.engine.files import write_json
 from miram.pretrain.attention import ATTENTIONS, build_attention
 from miram.pretrain.attention.base import Attention, Grid
+from miram.pretrain.plan.count import OWN
 
 BASE, FLOOR, REST = "softmax", "no mixing", "rest of block"
 EAGER, XFORMERS = "softmax/eager", "softmax/xformers"  # raced on a GPU, where they can run
 LINEAR = [name for name in ATTENTIONS if name != BASE]
-GOAL_TOKENS, GOALS, HOPPER, MOST_EXPONENT = 16384, {"cpu": 12.0, "cuda": 4.0}, 9, 1.05
+GOAL_TOKENS, GOALS, JUDGED, MOST_EXPONENT = 16384, {"cpu": 12.0, "cuda": 4.0}, ("bf16", 9), 1.05
+EVENT_SECONDS = 0.02  # between two CUDA events, at least
+SQUARES = {str(side * side): side for side in range(2, 513, 2)}
 DECODER_GRIDS = (14, 28, 56, 112)  # 224 to 1,792 pixels in patches of 16
 HEADER = ["", "median ms", "best ms", "x softmax", "GFLOP", "saved MB", "peak MB", "error"]
 HEADER += ["|", "block ms", "x softmax", "share"]
@@ -130,7 +134,7 @@ def count(module: nn.Module, shape: tuple[int, ...], setting: Setting) -> tuple[
             kept[storage._cdata] = storage
         return saved
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=OWN)
     with mode, setting.autocast("cpu"), counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         functional_call(module, weights, (torch.empty(shape, requires_grad=True),))
     return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
@@ -155,8 +159,8 @@ def error_of(module: Attention | None, setting: Setting, side: int) -> float:
     return float(((module.mix(Q, K, V) if module else V.mean(-2, keepdim=True)) - exact).norm() / exact.norm())
 
 
-def seconds(run: Step, device: str) -> float:
-    """Time of a call."""
+def seconds(run: Step, device: str, calls: int = 1) -> float:
+    """Time of a call; on a GPU the mean of several, which queue up."""
     if device == "cpu":
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         begin = clock()
@@ -165,10 +169,11 @@ def seconds(run: Step, device: str) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    run()
+    for _ in range(calls):
+        run()
     end.record()
     torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1000
+    return float(start.elapsed_time(end)) / 1000 / calls
 
 
 def training_step(module: nn.Module, setting: Setting, tokens: int) -> Step:
@@ -214,9 +219,10 @@ def race(names: list[str], setting: Setting, side: int, repeats: int) -> Race:
             if name not in (EAGER, XFORMERS):
                 raise
             print(f"{name} is left out at N = {side * side:,}: {str(error).partition(chr(10))[0]}")
+    once = {name: EVENT_SECONDS if setting.device == "cpu" else seconds(step, "cuda") for name, step in steps.items()}
     for _ in range(repeats):
         for name, step in steps.items():
-            found[name].times.append(seconds(step, setting.device))
+            found[name].times.append(seconds(step, setting.device, math.ceil(EVENT_SECONDS / once[name])))
     for name, module in modules.items():
         if name in LINEAR and isinstance(module, Attention):
             found[name].error = error_of(module, setting, side)
@@ -250,8 +256,8 @@ def cells(found: Race, name: str) -> list[str]:
 def exponents(races: dict[int, Race], name: str) -> tuple[float, float]:
     """Slopes of log FLOPs and log saved bytes over log N."""
     costs = np.log([(found[name].flops, found[name].saved) for found in races.values()])
-    flops, saved = np.polyfit(np.log(list(races)), costs, 1)[0]
-    return float(flops), float(saved)
+    flops, saved = np.polyfit(np.log(list(races)), costs, 1)[0].tolist()
+    return flops, saved
 
 
 def growth_table(races: dict[int, Race], linear: list[str]) -> str:
@@ -263,14 +269,15 @@ def growth_table(races: dict[int, Race], linear: list[str]) -> str:
     return table(*rows)
 
 
-def verdicts(races: dict[int, Race], linear: list[str], device: str) -> Iterator[tuple[bool, str]]:
-    """Whether the goals that these races can speak of are met; those on a GPU are for Hopper cards."""
+def verdicts(races: dict[int, Race], linear: list[str], setting: Setting) -> Iterator[tuple[bool, str]]:
+    """Whether the goals that these races can speak of are met; those on a GPU are for Hopper cards in bf16."""
     for name in linear if len(races) > 1 else ():
         most = max(exponents(races, name))
         yield most <= MOST_EXPONENT, f"{name}: exponents of at most {most:.3f}, goal {MOST_EXPONENT}"
-    if GOAL_TOKENS not in races or (device == "cuda" and torch.cuda.get_device_capability()[0] != HOPPER):
+    gpu = setting.device == "cuda"
+    if GOAL_TOKENS not in races or (gpu and (setting.precision, torch.cuda.get_device_capability()[0]) != JUDGED):
         return
-    found, goal = races[GOAL_TOKENS], GOALS[device]
+    found, goal = races[GOAL_TOKENS], GOALS[setting.device]
     for name in linear:
         one, base = found[name], found[BASE]
         ratio = speedup(base.times, one.times)
@@ -290,33 +297,37 @@ def saved_table(names: list[str]) -> str:
 
 def options_of(name: str) -> str:
     """A variant's default options."""
-    parameters = inspect.signature(ATTENTIONS[name]).parameters.values()
-    return ", ".join(f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY)
+    options = inspect.signature(ATTENTIONS[name]).parameters.values()
+    return ", ".join(f"{p.name}={p.default}" for p in options if p.kind is p.KEYWORD_ONLY)
 
 
 def machine(device: str) -> str:
     """Processor, torch, threads, and how busy others keep it."""
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, driver's CUDA {torch.version.cuda}"
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, built with CUDA {torch.version.cuda}"
     facts = dict(re.findall(r"^([^\t]+)\t*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
     cpu = f"{facts.get('model name', 'CPU')}, {os.cpu_count()} cores, {facts.get('cpu MHz', '?')} MHz"
-    threads = (
-        f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-    )
-    return f"{cpu}; {threads}; load {os.getloadavg()[0]:.1f} at the start"
+    build = f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{cpu}; {build}, {torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f} at the start"
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: bf16 on cuda, fp32 on cpu")
     parser.add_argument("--tokens", default="1024,4096,9216,16384", help="squares of even numbers")
     for option, default in (("width", 512), ("heads", 16), ("batch", 1), ("repeats", 5)):
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--only", default=",".join(LINEAR), help="variants that race against softmax")
     parser.add_argument("--out", type=Path, help="write every figure here, as JSON")
-    return parser.parse_args()
+    found = parser.parse_args()
+    found.precision = found.precision or ("bf16" if found.device == "cuda" else "fp32")
+    for option, known in (("tokens", SQUARES), ("only", LINEAR)):
+        for given in getattr(found, option).split(","):
+            if given not in known:
+                parser.error(f"--{option}: {given!r} is none of {', '.join([*known][:5])}{' …' * (len(known) > 5)}")
+    return found
 
 
 def main() -> None:
@@ -330,14 +341,14 @@ def main() -> None:
     names = [BASE, *backends, *linear, FLOOR, REST]
     race(names, setting, 16, 2)  # warm up
     races: dict[int, Race] = {}
-    for side in (math.isqrt(int(N)) for N in options.tokens.split(",")):
+    for side in (SQUARES[N] for N in options.tokens.split(",")):
         races[side * side] = race(names, setting, side, options.repeats)
         mean_error = error_of(None, setting, side)
         print(f"\nN = {side * side:,} ({side} x {side}); error of the mean of all values: {mean_error:.2f}")
         print(table(HEADER, *(cells(races[side * side], name) for name in races[side * side])), flush=True)
     if len(races) > 1:
         print(f"\n{growth_table(races, linear)}\n")
-    for passed, text in verdicts(races, linear, setting.device):
+    for passed, text in verdicts(races, linear, setting):
         print(f"{'PASS' if passed else 'FAIL'}  {text}")
     print("\nMB saved for backward: one image, fp32, width 512, 16 heads, one prefix token; counted, nothing was run")
     print(saved_table([BASE, EAGER, *linear, REST]))

@@ -11,24 +11,29 @@ from .errors import UserError
 
 
 def run_stage(
-    command: str, schema: type[BaseModel], stage: Callable[[str, Sequence[str]], object], arguments: Sequence[str]
+    command: str,
+    schema: type[BaseModel],
+    stage: Callable[[str, Sequence[str]], object],
+    arguments: Sequence[str],
+    about: Sequence[str] = (),
 ) -> None:
-    """Show the help, or run the stage.
+    """Show the help, with the lines `about` the command, or run the stage.
 
     Raises:
         UserError: no configuration was named, and whatever the stage raises.
     """
     if "--help" in arguments or "-h" in arguments:
-        print(usage(command, schema))
+        print(usage(command, schema, about))
     elif not arguments or arguments[0].startswith("-"):
         raise UserError(f"name a configuration first: {command} CONFIG …; presets: {', '.join(presets())}")
     else:
         stage(arguments[0], arguments[1:])
 
 
-def usage(command: str, schema: type[BaseModel]) -> str:
-    """`COMMAND CONFIG [--key=value …]` and the keys one may set."""
+def usage(command: str, schema: type[BaseModel], about: Sequence[str] = ()) -> str:
+    """`COMMAND CONFIG [--key=value …]`, lines about the command, and the keys one may set."""
     lines = [f"usage: {command} CONFIG [--section.key=value …]", ""]
+    lines += [*about, ""] if about else []
     lines += [
         f"CONFIG is a YAML file or a preset: {', '.join(presets())}",
         "",

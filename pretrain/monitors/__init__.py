@@ -60,6 +60,9 @@ class Monitors:
         self.labelled = None if section.task is None else Labelled.of(shards, section.task, section.images)
         rows = self.labelled.rows if self.labelled else spread(len(shards), section.images)
         self.album = Album(self.encoder, shards, rows)
+        if not has_maps(self.encoder):
+            kind = type(getattr(self.encoder.blocks[-1], "attn", self.encoder.blocks[-1])).__name__
+            print(f"miram: no attention maps are drawn of an encoder with {kind}", file=sys.stderr, flush=True)
 
     def __call__(self, step: int) -> dict[str, float]:
         """`rankme`, and where a task is set `probe/<task>` and `knn/<task>`; the pictures of the step are drawn.
@@ -82,8 +85,6 @@ class Monitors:
             picture_of_reconstructions(self.model, batch) if isinstance(self.model, Miram) else picture_of_pairs(batch)
         )
         if not has_maps(self.encoder):
-            kind = type(getattr(self.encoder.blocks[-1], "attn", self.encoder.blocks[-1])).__name__
-            print(f"miram: no attention maps are drawn of an encoder with {kind}", file=sys.stderr, flush=True)
             return [shown]
         view = next(images for name, images in sorted(batch.items()) if name.startswith("view/"))
         return [shown, picture_of_attention(self.encoder, view)]
@@ -121,7 +122,9 @@ def looked_at(settings: PretrainConfig, training: ShardDataset) -> ShardDataset:
     try:
         return open_shards(data.model_copy(update=wanted) if own else DataSection(shards=section.shards, **wanted))
     except UserError as error:
-        raise UserError(f"monitor: {str(error).replace('data.split', 'monitor.split')}") from error
+        hint = "" if own else " (monitor.split=null takes all)"  # of training's own, null is what training uses
+        said = str(error).replace(" (data.split=null takes all)", hint)
+        raise UserError(f"monitor.{'split' if own else 'shards'}: {said}") from error
 
 
 @contextmanager

@@ -55,39 +55,43 @@ class Labelled:
         found.refuse_too_few(classes)
         return found
 
-    @property
-    def folds(self) -> int:
-        """Folds of patients: five, or as many as the rarest class has patients."""
-        classes = range(int(self.truth.max()) + 1)
-        return min(MOST_FOLDS, *(len(np.unique(self.patients[self.truth == k])) for k in classes))
-
     def refuse_too_few(self, classes: NDArray[np.str_]) -> None:
         """Raises: UserError: there is nothing to tell apart, or a class has too few patients."""
         found = f"monitor.task={self.task}: of the {len(self.rows)} images looked at"
         if len(classes) < 2:
             raise UserError(f"{found} every one is {str(classes[0])!r}; choose another task, or raise monitor.images")
-        if self.folds < LEAST_FOLDS:
+        rarest = fewest_patients(self.truth, self.patients, len(classes))
+        if rarest < LEAST_FOLDS:
             raise UserError(
-                f"{found} those of a class are of {self.folds} patients, fewer than {LEAST_FOLDS}; raise "
-                "monitor.images if there are more, or choose another task"
+                f"{found} those of a class are of {rarest} patient{'s' * (rarest > 1)}, fewer than {LEAST_FOLDS}; "
+                "raise monitor.images if there are more, or choose another task"
             )
 
     def __call__(self, features: NDArray[np.float32], read: list[int]) -> dict[str, float]:
         """The figures of (m, D) features of the images at places `read`: AUC of two classes, else balanced accuracy.
 
-        Every image is judged by a fit on other patients. Nothing where a class is left without images.
+        Every image is judged by a fit on other patients. Nothing where too few patients of a class could be read, or
+        a fold would be fitted without a class: a look must not stop a training.
         """
         truth, patients = self.truth[read], self.patients[read]
-        k = len(np.unique(self.truth))
-        if len(np.unique(truth)) < k:
+        k = int(self.truth.max()) + 1
+        n = min(MOST_FOLDS, fewest_patients(truth, patients, k))
+        if n < LEAST_FOLDS:
             return {}
-        folds = list(StratifiedGroupKFold(self.folds, shuffle=True, random_state=0).split(features, truth, patients))
+        folds = list(StratifiedGroupKFold(n, shuffle=True, random_state=0).split(features, truth, patients))
+        if any(len(np.unique(truth[fit])) < k for fit, _ in folds):
+            return {}
         neighbours = make_pipeline(StandardScaler(), nearest_neighbours(min(len(fit) for fit, _ in folds)))
         figures = {}
         for name, model in (("probe", linear_probe()), ("knn", neighbours)):
             judged = cross_val_predict(model, features, truth, cv=folds, method="predict_proba")
             figures[f"{name}/{self.task}"] = score("AUC" if k == 2 else "balanced accuracy", truth, judged)
         return figures
+
+
+def fewest_patients(truth: Ints, patients: NDArray[np.str_], k: int) -> int:
+    """Patients of the rarest of k classes: so many folds can each have one."""
+    return min(len(np.unique(patients[truth == i])) for i in range(k))
 
 
 def linear_probe() -> Pipeline:

@@ -1,15 +1,15 @@
 """`miram plan CONFIG`: what a pretraining costs, before an hour is spent on it.
 
 No data is opened and nothing is computed but a few attentions, which are timed. `count` runs the configured step on
-tensors without numbers; the rows of the other attentions come from the same step with that one decoder changed and
-the rest of the model cut down to single blocks, compared with the configured attention in the same setting.
+tensors without numbers; the rows of the other attentions come from the same step with that one decoder changed and the
+model cut down to single blocks (two where blocks take turns), of which a deeper decoder is made up.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def plan(config: str, arguments: Sequence[str] = (), *, timed: bool = True, json
         UserError: the configuration is not usable.
     """
     settings = countable(load(PretrainConfig, config, arguments))
+    say(f"counting a step of {settings.objective}")
     cost = cost_of(settings)
     micro_batch, accumulation = split_batch(settings.train, world=1)
     batch = micro_batch * accumulation
@@ -142,6 +143,11 @@ def countable(settings: PretrainConfig) -> PretrainConfig:
     backend = "sdpa" if model.attention_backend == "xformers" else model.attention_backend
     scales = tuple(fused(section) for section in model.scales)
     return with_model(settings, attention_backend=backend, scales=scales).model_copy(update={"init": None})
+
+
+def say(what: str) -> None:
+    """Tell whoever waits; apart from the figures."""
+    print(f"miram: {what} …", file=sys.stderr, flush=True)
 
 
 def with_model(settings: PretrainConfig, **changes: Any) -> PretrainConfig:
@@ -188,6 +194,7 @@ def variants_of(settings: PretrainConfig, cost: Cost, index: int, timed: bool) -
     base = cost_of(cut_down(settings, index, section))
     found = []
     for name in ATTENTIONS:
+        say(f"counting{' and timing' * timed} decoders.{section.scale} with {name}")
         own = name == section.attention
         changed = section if own else section.model_copy(update={"attention": name, "options": {}})
         try:
@@ -195,35 +202,60 @@ def variants_of(settings: PretrainConfig, cost: Cost, index: int, timed: bool) -
         except (UserError, ValueError) as error:
             found.append(Variant(name, configured=False, refused=one_line(str(error))))
             continue
-        variant = counted(settings, changed, cost, base, other)
+        peak = cost_peak(settings, cost) + deep_peak(settings, changed, other) - deep_peak(settings, section, base)
+        variant = counted(changed, other, own, peak)
         found.append(time_variant(settings, changed, other, variant) if timed else variant)
-    return [replace(variant, configured=variant.attention == section.attention) for variant in found]
+    return found
 
 
 def cut_down(settings: PretrainConfig, index: int, section: ScaleSection) -> PretrainConfig:
-    """The decoder in question whole, single blocks everywhere else, which no figure of it depends on."""
+    """As few blocks as the decoder in question is made up of, and single ones elsewhere, which no figure depends on."""
+    different = ATTENTIONS[section.attention].options_of_block
+    blocks = min(section.depth, 1 if different(0) == different(1) else 2)
+    single = {"depth": 1, "attention": "softmax", "options": {}}
     scales = [
-        section if i == index else other.model_copy(update={"depth": 1})
-        for i, other in enumerate(settings.model.scales)
+        other.model_copy(update={"depth": blocks} if i == index else single)
+        for i, other in enumerate(with_scale(settings, index, section).model.scales)
     ]
     options = {**settings.model.encoder_options, "depth": 1}
-    return with_model(settings, scales=tuple(scales), encoder_options=options)
+    return with_model(settings, attention_backend="auto", scales=tuple(scales), encoder_options=options)
 
 
-def counted(settings: PretrainConfig, section: ScaleSection, cost: Cost, base: Cost, other: Cost) -> Variant:
-    """Figures of the decoder, and the peak of the whole step: that of the configuration plus the difference."""
+def with_scale(settings: PretrainConfig, index: int, section: ScaleSection) -> PretrainConfig:
+    """The configuration with another decoder, which has the model's backend if it names none."""
+    scales = list(settings.model.scales)
+    scales[index] = with_backend(section, settings.model.attention_backend)
+    return with_model(settings, scales=tuple(scales))
+
+
+def counted(section: ScaleSection, cost: Cost, configured: bool, peak: int) -> Variant:
+    """Figures of the whole decoder, by its blocks."""
     part = f"decoders.{section.scale}"
-    micro_batch, accumulation = split_batch(settings.train, world=1)
-    peak = partial(Cost.peak, micro_batch=micro_batch, batch=micro_batch * accumulation)
+    more = cost.beyond(part, section.depth)
     return Variant(
         attention=section.attention,
-        configured=other is base,
-        parameters=other.parameters[part],
-        forward_flops=other.forward[part],
-        backward_flops=other.backward[part],
-        kept_bytes=other.held[part],
-        peak_bytes=peak(cost) + peak(other) - peak(base),
+        configured=configured,
+        parameters=cost.parameters[part] + more["parameters"],
+        forward_flops=cost.forward[part] + more["forward"],
+        backward_flops=cost.backward[part] + more["backward"],
+        kept_bytes=cost.held[part] + more["held"],
+        peak_bytes=peak,
     )
+
+
+def cost_peak(settings: PretrainConfig, cost: Cost) -> int:
+    """Most bytes at once, at the configured micro-batch."""
+    micro_batch, accumulation = split_batch(settings.train, world=1)
+    return cost.peak(micro_batch, micro_batch * accumulation)
+
+
+def deep_peak(settings: PretrainConfig, section: ScaleSection, cost: Cost) -> int:
+    """That of a cut-down model, and what the decoder's other blocks hold for as long: weights, moments, and gradients
+    where micro-batches accumulate them; copies; what is kept for backward."""
+    more = cost.beyond(f"decoders.{section.scale}", section.depth)
+    micro_batch, accumulation = split_batch(settings.train, world=1)
+    state = (4 if accumulation > 1 else 3) * 4 * more["parameters"]
+    return cost_peak(settings, cost) + state + more["fixed"] + micro_batch * more["held"]
 
 
 def time_variant(settings: PretrainConfig, section: ScaleSection, cost: Cost, variant: Variant) -> Variant:

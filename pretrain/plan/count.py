@@ -60,12 +60,14 @@ def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *more: Any, **
     return int(forward) * (int(wanted[0]) + int(wanted[1]))
 
 
-FORMULAS: dict[Any, Formula] = {
-    **flop_registry,
+OWN: dict[Any, Formula] = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward,
     aten.convolution_backward: convolution_backward,
 }
+for formula in OWN.values():
+    vars(formula)["_get_raw"] = True  # as FlopCounterMode(custom_mapping=OWN) knows those that want tensors, not shapes
+FORMULAS: dict[Any, Formula] = {**flop_registry, **OWN}
 
 
 class Ledger(TorchDispatchMode):
@@ -88,6 +90,8 @@ class Ledger(TorchDispatchMode):
         """Run an operation and note it."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # what fake tensors ask all the time
+            return out
         if formula := FORMULAS.get(func._overloadpacket):
             self.flops[self.part] += formula(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
@@ -132,7 +136,7 @@ class Ledger(TorchDispatchMode):
         """Learn from hooks in which part of the model an operation runs, forward and backward."""
         for name, module in objective.named_modules():
             if name:
-                part = part_of(f"{name}.")
+                part = place_of(f"{name}.")
                 module.register_forward_pre_hook(self.entering(part, first=name.endswith("blocks.0")))
                 module.register_forward_hook(self.leaving(part))
 
@@ -143,7 +147,7 @@ class Ledger(TorchDispatchMode):
             self.mark()
             self.stack.append(part)
             if first:
-                self.sequences.setdefault(part, tuple(inputs[0].shape))
+                self.sequences.setdefault(row_of(part), tuple(inputs[0].shape))
 
         return hook
 
@@ -171,17 +175,33 @@ class Ledger(TorchDispatchMode):
         return hook
 
 
-def part_of(name: str) -> str:
-    """`decoders.2.blocks.0` -> `decoders.2`, `encoder.blocks.0` -> `encoder`: rows of the plan."""
+def place_of(name: str) -> str:
+    """`decoders.2.blocks.0.attn` -> `decoders.2.blocks.0`, `decoders.2.head` -> `decoders.2`, `encoder.…` -> `encoder`:
+    where something belongs, decoders block by block."""
     parts = name.split(".")
     if len(parts) == 1:
         return REST
-    return ".".join(parts[:2] if parts[0] == "decoders" else parts[:1])
+    if parts[0] != "decoders":
+        return parts[0]
+    return ".".join(parts[: 4 if parts[2:3] == ["blocks"] and parts[3] else 2])
+
+
+def row_of(place: str) -> str:
+    """`decoders.2.blocks.0` -> `decoders.2`: rows of the plan."""
+    return place.partition(".blocks.")[0]
+
+
+def rows(places: Counter[str]) -> Counter[str]:
+    """Blocks added up."""
+    found: Counter[str] = Counter()
+    for place, value in places.items():
+        found[row_of(place)] += value
+    return found
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of some images: flops and bytes by part of the model, and live bytes after every operation."""
+    """A step of some images: flops and bytes by place in the model, and live bytes after every operation."""
 
     objective: Learner
     forward: Counter[str]
@@ -218,6 +238,14 @@ class Cost:
     """levels (of FEW images, more an image), without and with gradients in place"""
     objective: Learner
     """what was counted, without data"""
+    places: dict[str, Counter[str]]
+    """parameters, forward, backward, held and fixed once more, decoders block by block"""
+
+    def beyond(self, decoder: str, depth: int) -> Counter[str]:
+        """What more blocks would add to a decoder, up to `depth` of them, where those that were counted take turns."""
+        blocks = [place for place in self.places["parameters"] if place.startswith(f"{decoder}.blocks.")]
+        more = [blocks[i % len(blocks)] for i in range(len(blocks), depth)]
+        return Counter({name: sum(counter[place] for place in more) for name, counter in self.places.items()})
 
     def peak(self, micro_batch: int, batch: int) -> int:
         """Most bytes at once, with weights, moments and the batch: the loop moves all its micro-batches together."""
@@ -241,19 +269,27 @@ def count(build: Callable[[], Learner], precision: str) -> Cost:
     objective, held = few.objective, minus(more.held, few.held)
     parameters: Counter[str] = Counter()
     for name, parameter in objective.named_parameters():
-        parameters[part_of(name)] += parameter.numel()
+        parameters[place_of(name)] += parameter.numel()
+    places = {
+        "parameters": parameters,
+        "forward": minus(more.forward, few.forward),
+        "backward": minus(more.backward, few.backward),
+        "held": held,
+        "fixed": minus(few.held, Counter({place: FEW * size for place, size in held.items()})),
+    }
     return Cost(
-        parameters=parameters,
-        forward=minus(more.forward, few.forward),
-        backward=minus(more.backward, few.backward),
-        held=held,
-        fixed=few.held.total() - FEW * held.total(),
+        parameters=rows(parameters),
+        forward=rows(places["forward"]),
+        backward=rows(places["backward"]),
+        held=rows(held),
+        fixed=places["fixed"].total(),
         sequences={part: (shape[0] // FEW, *shape[1:]) for part, shape in few.sequences.items()},
         weights=sum(t.untyped_storage().nbytes() for t in state_of(objective)),
         trainable=sum(p.untyped_storage().nbytes() for p in objective.parameters() if p.requires_grad),
         inputs=sum(4 * prod(shape) for shape in objective.inputs.values()),
         levels={False: (few.fresh, more.fresh - few.fresh), True: (few.again, more.again - few.again)},
         objective=objective,
+        places=places,
     )
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Sequence[str]]
 
-PART = ("part", "parameters", "tokens", "forward GFLOP", "backward GFLOP", "kept MB")
-VARIANT = ("attention", "parameters", "forward GFLOP", "backward GFLOP", "kept MB", "peak GB", "ms", "")
+PART = ("part", "parameters", "tokens", "GFLOP fwd", "bwd", "kept MB")
+VARIANT = ("attention", "parameters", "GFLOP fwd", "bwd", "kept MB", "peak GB", "ms", "")
 NOT_COUNTED = (
     "Not counted: the device's context and libraries, kernels' workspaces, fragmentation (a card counts as full at "
     "90 %), DDP's buckets (gradients once more), torch.compile."
@@ -83,7 +83,7 @@ def memory_rows(plan: Plan) -> list[list[str]]:
         "images of the whole batch": memory.batch,
         "kept for backward": memory.kept,
         "weights' bf16 copies": memory.copies,
-        "peak (not all at once, and with what lives shortly)": memory.peak,
+        "peak (with what lives shortly)": memory.peak,
     }
     return [[name, f"{size / 1e9:,.2f}"] for name, size in rows.items()]
 
@@ -98,12 +98,12 @@ def card_rows(plan: Plan) -> list[list[str]]:
 
 def variant_row(variant: Variant) -> list[str]:
     """An attention's figures in people's units, or why it cannot stand here."""
-    name = f"{variant.attention} (configured)" if variant.configured else variant.attention
+    name = f"{variant.attention} *" if variant.configured else variant.attention
     if variant.refused:
-        return [name, *["-"] * 6, variant.refused]
+        return [name, *["-"] * 6, "refused"]
     ms = "-" if variant.seconds is None else f"{1e3 * variant.seconds:,.1f}{'~' if variant.extrapolated else ''}"
     peak = f"{variant.peak_bytes / 1e9:,.2f}"
-    mark = ("fewest operations" if variant.seconds is None else "fastest") if variant.fastest else ""
+    mark = ("least" if variant.seconds is None else "fastest") if variant.fastest else ""
     return [name, f"{variant.parameters:,}", *figures(variant), peak, ms, mark]
 
 
@@ -116,7 +116,15 @@ def notes(plan: Plan) -> list[str]:
             f"{plan.timed_on}; `fastest` is the least of it. Another machine may order them otherwise."
         ]
     elif plan.variants:
-        said += ["Nothing was timed, and the fewest operations need not be the fastest."]
+        said += ["least: the fewest operations, which need not be the fastest; nothing was timed."]
+    if plan.variants:
+        said += ["*: as configured. fwd, bwd: forward and backward."]
+    said += [
+        f"{decoder} with {variant.attention}: {variant.refused}."
+        for decoder, variants in plan.variants.items()
+        for variant in variants
+        if variant.refused
+    ]
     if any(variant.extrapolated for variants in plan.variants.values() for variant in variants):
         said += ["~: extrapolated from a smaller grid, softmax with the square of the tokens, others in proportion."]
     return said

@@ -78,11 +78,15 @@ def time_pass(attention: Attention, sequences: int, precision: str) -> float:
 
 
 def median_seconds(step: Callable[[], None], least: float = 0.2) -> float:
-    """Of as many calls as fill `least` seconds, three at the fewest, after one that warms up."""
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    """Of as many calls as fill `least` seconds, three unless they are long, after one that warms up."""
+
+    def synchronise() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     step()
     taken: list[float] = []
-    while sum(taken) < least or len(taken) < 3:
+    while sum(taken) < least or (len(taken) < 3 and sum(taken) < 5 * least):
         synchronise()
         began = perf_counter()
         step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -282,6 +283,26 @@ def test_features_that_only_know_the_patient_are_worth_nothing() -> None:
         assert value > 0.95
 
 
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_images_that_cannot_be_read_never_stop_a_look(lost: int) -> None:
+    """Three of the rarer class, a patient each: without one of them there are no three folds."""
+    truth = np.repeat([0, 1], [20, 3])
+    features = np.random.default_rng(0).normal(size=(23, 8)).astype(np.float32)
+    judge = labelled(truth, np.arange(23))
+    assert set(judge(features, list(range(23)))) == {"probe/made up", "knn/made up"}
+    read = list(range(23 - lost))
+    assert judge(features[read], read) == {}
+
+
+def test_folds_are_as_many_as_the_patients_that_were_read_allow() -> None:
+    """Of four patients one is lost, which leaves three folds and no warning of a class with fewer members."""
+    truth, read = np.repeat([0, 1], [20, 4]), list(range(23))
+    features = np.random.default_rng(0).normal(size=(24, 8)).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(labelled(truth, np.arange(24))(features[read], read)) == {"probe/made up", "knn/made up"}
+
+
 def test_neighbours_vote_as_in_dino() -> None:
     """Weights exp(cosine / 0.07) of the 20 nearest, written out."""
     rng = np.random.default_rng(2)
@@ -456,10 +477,10 @@ def test_weights_that_are_no_numbers_are_left_to_the_trainer(phantoms: Path, tmp
     ("monitor", "said"),
     [
         ({"task": "nosuch"}, r"monitor\.task: the data has no label 'nosuch'; it can be: calc, density, mass"),
-        ({"task": "density", "images": 4}, r"monitor\.task=density: of the 4 images .* of 1 patients, fewer than 3"),
+        ({"task": "density", "images": 4}, r"monitor\.task=density: of the 4 images .* of 1 patient, fewer than 3"),
         ({"task": "mass", "images": 1}, r"monitor\.task=mass: of the 1 images looked at every one is '.'"),
-        ({"shards": "nosuch"}, "nosuch"),
-        ({"split": "val"}, r"monitor: .* has no split 'val'.*monitor\.split=null takes all"),
+        ({"shards": "nosuch"}, r"^monitor\.shards: the data folder nosuch is not there"),
+        ({"split": "val"}, r"^monitor\.split: .* has no split 'val'[^(]*$"),
     ],
 )
 def test_what_cannot_be_watched_is_refused_before_the_training(
@@ -469,6 +490,26 @@ def test_what_cannot_be_watched_is_refused_before_the_training(
     model, data = parts(configured)
     with pytest.raises(UserError, match=said):
         Monitors(configured, model, data, Run(tmp_path, "pretrain"))
+
+
+def test_of_another_data_set_every_split_is_offered(phantoms: Path, tmp_path: Path) -> None:
+    """Of training's own, null means what training uses, so that the hint would be wrong there."""
+    configured = settings(phantoms, monitor={"shards": str(phantoms), "split": "val"})
+    model, data = parts(configured)
+    with pytest.raises(UserError, match=r"^monitor\.shards: .* has no split 'val'.*\(monitor\.split=null takes all\)$"):
+        Monitors(configured, model, data, Run(tmp_path, "pretrain"))
+
+
+def test_that_no_maps_are_drawn_is_said_once(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = settings(phantoms)
+    model, data = parts(configured)
+    monkeypatch.setattr("miram.pretrain.monitors.has_maps", lambda vit: False)
+    monitor = Monitors(configured, model, data, Run(tmp_path, "pretrain"))
+    monitor(1), monitor(2)
+    assert capsys.readouterr().err.count("no attention maps are drawn of an encoder with Attention") == 1
+    assert not (tmp_path / "figures" / "attention.png").exists()
 
 
 def test_probes_may_look_at_another_split_or_another_data_set(phantoms: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +15,15 @@ import pytest
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+from miram.__main__ import app
 from miram.engine.errors import UserError
 from miram.pretrain.attention import ATTENTIONS, build_attention
 from miram.pretrain.build import build_objective
 from miram.pretrain.config import PretrainConfig
 from miram.pretrain.encoder import card_for
-from miram.pretrain.plan import cost_of, plan
+from miram.pretrain.plan import Plan, cost_of, plan, variants_of
 from miram.pretrain.plan.count import Cost
 from miram.pretrain.plan.timing import time_attention
 
@@ -79,6 +81,25 @@ def test_checkpointing_costs_the_blocks_forward_once_more_and_keeps_less():
     assert more <= 2 * block(129, 64)
     assert saving.held["decoders.2"] < 0.5 * plain.held["decoders.2"]
     assert saving.peak(8, 8) < plain.peak(8, 8)
+
+
+def test_tiles_of_several_scales_cost_their_share_with_an_enlarged_target():
+    """Of 128 and 512 tokens a half and a fourth; the target, here the enlarged input, has no products."""
+    scales = (ONE, {**TWO, "decode_fraction": 0.5}, {**TWO, "scale": 4, "decode_fraction": 0.25})
+    cost, source = (cost_of(settings(*scales, target=target)) for target in ("upsampled", "source"))
+    for part, of in (("decoders.2", 64), ("decoders.4", 128)):
+        sequences, tokens, _ = cost.sequences[part]
+        assert sequences * (tokens - 1) == of
+        assert cost.forward[part] == 2 * sequences * block(tokens, 64) + 2 * of * 64 * 256
+    assert cost.forward == source.forward
+    assert cost.inputs < source.inputs  # the finer views need not be loaded
+
+
+def test_a_scale_that_shares_tokens_costs_a_larger_head_and_nothing_else():
+    alone, shared = cost_of(settings(ONE)), cost_of(settings(ONE, {"scale": 2, "tokens": "shared"}))
+    assert shared.forward["decoders.1"] == alone.forward["decoders.1"]
+    assert shared.forward.total() - alone.forward.total() == 2 * 32 * 64 * (4 * 256)  # 32 x 32 pixels a token
+    assert shared.parameters.total() - alone.parameters.total() == (64 + 1) * 4 * 256
 
 
 def test_half_of_the_tiles_cost_half_of_the_linear_layers_and_a_fourth_of_each_map():
@@ -212,8 +233,18 @@ def measure(changed: PretrainConfig, folder: Path) -> dict[str, int]:
     ("scales", "precision", "checkpointing"),
     [
         ([{**ONE, "width": 256, "heads": 8}], "fp32", False),
-        ([{**ONE, "width": 128}, {**TWO, "width": 128, "attention": "nystrom"}], "fp32", False),
-        ([{**ONE, "width": 128}, {**TWO, "width": 128, "attention": "agent", "checkpointing": True}], "bf16", True),
+        pytest.param(
+            [{**ONE, "width": 128}, {**TWO, "width": 128, "attention": "nystrom"}],
+            "fp32",
+            False,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [{**ONE, "width": 128}, {**TWO, "width": 128, "attention": "agent", "checkpointing": True}],
+            "bf16",
+            True,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["softmax", "nystrom", "checkpointed bf16"],
 )
@@ -271,7 +302,78 @@ def test_peak_grows_with_the_micro_batch_and_accumulating_holds_the_gradients():
     assert cost.largest_micro_batch(0, 64) == 0
 
 
+# ---------------------------------------------------------------------------------------------- other attentions
+
+
+@pytest.mark.parametrize(
+    ("names", "depth", "checkpointing"),
+    [
+        (("softmax", "window"), 3, False),
+        pytest.param(ATTENTIONS, 5, False, marks=pytest.mark.slow),
+        pytest.param(ATTENTIONS, 4, True, marks=pytest.mark.slow),
+    ],
+    ids=["two", "all", "all checkpointed"],
+)
+def test_a_row_of_another_attention_is_what_its_own_configuration_costs(
+    names: Iterable[str], depth: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows are made up of one or two counted blocks; here all of them are counted."""
+    one = {**ONE, "depth": depth, "checkpointing": checkpointing}
+    changed = settings(one, precision="bf16")
+    monkeypatch.setattr("miram.pretrain.plan.ATTENTIONS", {name: ATTENTIONS[name] for name in names})
+    for variant in variants_of(changed, cost_of(changed), 0, timed=False):
+        cost = cost_of(settings({**one, "attention": variant.attention}, precision="bf16"))
+        assert variant.parameters == cost.parameters["decoders.1"]
+        assert variant.forward_flops == cost.forward["decoders.1"]
+        assert variant.backward_flops == cost.backward["decoders.1"]
+        assert variant.kept_bytes == cost.held["decoders.1"]
+        assert variant.peak_bytes == pytest.approx(cost.peak(8, 8), rel=0.02)
+
+
 # ---------------------------------------------------------------------------------------------- the command
+
+
+def planned(tmp_path: Path, changed: PretrainConfig, *arguments: str) -> Plan:
+    """`miram plan` without times."""
+    (tmp_path / "c.yaml").write_text(json.dumps(changed.model_dump(exclude_unset=True)))
+    return plan(str(tmp_path / "c.yaml"), arguments, timed=False)
+
+
+def test_a_shared_scale_has_a_part_and_no_attentions_to_choose_from(tmp_path: Path):
+    changed = settings(ONE, {"scale": 2})
+    found = planned(tmp_path, changed, "--model.scales.1.tokens=shared")
+    assert list(found.variants) == ["decoders.1"]
+    assert "wide_heads" in [part.name for part in found.parts]
+
+
+def test_moco_has_no_decoder_to_choose_an_attention_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    found = planned(tmp_path, settings(ONE).model_copy(update={"objective": "moco_v3"}))
+    assert found.variants == {}
+    assert {"encoder", "projector", "predictor", "momentum_encoder"} < {part.name for part in found.parts}
+    assert "moco_v3, per image" in capsys.readouterr().out
+
+
+def test_a_plan_says_what_it_counts_apart_from_its_tables_whose_lines_stay_readable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    planned(tmp_path, settings({**ONE, "width": 512}))
+    out, err = capsys.readouterr()
+    assert "counting" not in out
+    assert all(f"counting decoders.1 with {name}" in err for name in ATTENTIONS)
+    assert max(len(line) for line in out.splitlines() if line.startswith("  ")) <= 80
+
+
+def test_help_names_the_plans_own_options_and_that_nothing_starts():
+    said = CliRunner().invoke(app, ["plan", "--help"]).output
+    assert all(word in said for word in ("--no-time", "--json FILE", "starts no training", "--model.scales"))
+
+
+def test_a_json_without_its_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["plan", "pretrain/demo", "--json", "--no-time"])
+    assert isinstance(result.exception, UserError)
+    assert "--json: name a file" in str(result.exception)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_names_every_attention_and_marks_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
