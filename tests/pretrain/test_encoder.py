@@ -265,5 +265,5 @@ def test_timm_s_own_weights_are_the_same_for_grey_pictures(monkeypatch: pytest.M
 
 def test_a_file_of_others_is_sent_to_convert(tmp_path: Path) -> None:
     (tmp_path / "vit.pth").write_bytes(b"weights")
-    with pytest.raises(UserError, match="run `miram convert .*vit.pth DIR`"):
+    with pytest.raises(UserError, match=r"run `miram convert .*vit\.pth DIR`"):
         load_encoder(tmp_path / "vit.pth")
