@@ -135,7 +135,7 @@ def test_a_demo_on_small_data_of_ones_own_runs_to_a_report(
         assert "pretrained - mean of 1 random" in said
         assert "report.html" in said
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 2
+    assert page.count("data:image/png;base64") == 3  # reconstructions, attention, the probe
 
 
 def test_the_demo_s_choice_of_a_task_needs_enough_patients_of_every_class(phantoms: Path) -> None:
