@@ -91,7 +91,8 @@ def build_miram(section: ModelSection, encoder: Encoder) -> Miram:
         UserError: a scale does not fit the grid of patches, or too few patches would stay visible.
     """
     scales = [with_backend(scale, section.attention_backend) for scale in section.scales]
-    if section.attention_backend == "xformers" and not any(scale.attention == "softmax" for scale in scales):
+    exact = [scale for scale in scales if scale.tokens == "upsampled" and scale.attention == "softmax"]
+    if section.attention_backend == "xformers" and not exact:
         raise UserError("model.attention_backend: xformers has no softmax decoder to run in; leave it out")
     try:
         model = Miram(

@@ -9,7 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from miram.engine.errors import UserError
 from miram.pretrain.attention import build_attention
+from miram.pretrain.build import build_miram
 from miram.pretrain.config import ModelSection, ScaleSection
 from miram.pretrain.decoder import Decoder, UpsampleTokens, divide
 from miram.pretrain.encoder import build_encoder, card_for, encode_visible, sincos_positions
@@ -396,3 +398,10 @@ def test_loss_of_a_batch_is_the_sum_over_its_samples() -> None:
     net, data = model(scale(1), scale(2, attention="nystrom", options={"num_landmarks": 4})), batch()
     alone = sum(net({k: v[i : i + 1] for k, v in data.items()}) for i in range(4))
     torch.testing.assert_close(net(data), alone)
+
+
+def test_xformers_is_refused_where_no_decoder_would_use_it() -> None:
+    """`tokens: shared` has no attention, whatever the default of that key says."""
+    section = ModelSection(scales=(scale(1, attention="nystrom"), SHARED), attention_backend="xformers")
+    with pytest.raises(UserError, match="no softmax decoder"):
+        build_miram(section, model(scale(1)).encoder)
