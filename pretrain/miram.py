@@ -134,8 +134,9 @@ class Miram(Objective):
 
     def error(self, section: ScaleSection, prediction: Tensor, batch: Batch, mask: Tensor) -> Tensor:
         """Weighted sum over decoded patches of the mean squared error of a patch, in fp32."""
-        target = self.patches(section, self.target_image(section, batch))
-        patch_errors = (prediction.float() - self.of_chosen(section, target, batch)).square().mean(-1)
+        patches = patchify(self.target_image(section, batch), self.patch_of(section))
+        target = self.normalised(self.of_chosen(section, patches, batch))
+        patch_errors = (prediction.float() - target).square().mean(-1)
         return (patch_errors * self.patch_weights(section, batch, mask)).sum()
 
     def counts(self, batch: Batch) -> Tensor:
@@ -159,7 +160,10 @@ class Miram(Objective):
 
     def patches(self, section: ScaleSection, images: Tensor) -> Tensor:
         """(B, C, s*H, s*W) -> (B, N, P*P*C) as they are predicted."""
-        patches = patchify(images, self.patch_of(section))
+        return self.normalised(patchify(images, self.patch_of(section)))
+
+    def normalised(self, patches: Tensor) -> Tensor:
+        """(B, …, P*P*C) pixels as they are, or patch by patch with unit variance."""
         return normalise_patches(patches, self.variance_floor) if self.norm_pix else patches
 
     def patch_weights(self, section: ScaleSection, batch: Batch, mask: Tensor) -> Tensor:
