@@ -46,11 +46,10 @@ def options(
 
 @app.command(context_settings=STAGE, add_help_option=False)
 def pretrain(context: typer.Context) -> None:
-    """Train an encoder: CONFIG --section.key=value …; --help lists the keys."""
-    from .pretrain.config import PretrainConfig
-    from .pretrain.stage import pretrain as stage
+    """Train an encoder: CONFIG --section.key=value …; --dry-run takes one step; --help lists the keys."""
+    from .pretrain.__main__ import start
 
-    run_stage("miram pretrain", PretrainConfig, stage, context.args)
+    start("miram pretrain", context.args)
 
 
 @app.command(context_settings=STAGE, add_help_option=False)

@@ -1,80 +1,272 @@
 """Checkpoints that are whole or not there, and free of pickle and of the number of ranks.
 
 checkpoints/step-00000120/
-    model.safetensors        parameters and buffers by name, wrapper prefixes stripped
+    model.safetensors        parameters and buffers by name, wrapper prefixes stripped; shared ones once
     optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, step.<name>; scalars as shape (1,)
     rng.safetensors          generator states, one row a rank
-    state.json               step and whatever the loop carries from step to step
+    ema.safetensors          averaged parameters by name, if there are any
+    state.json               step, whatever the loop carries from step to step, and aliases: {part: {name: stored name}}
     manifest.json            sha256 of each file above, written last: without it the checkpoint does not count
+
+A save goes: .step-00000120/ with all files, flushed -> renamed to step-00000120 -> manifest -> older ones pruned. Every
+name is flushed before the next move builds on it, so a process or a machine that dies leaves this checkpoint or the
+one before.
 """
 
 from __future__ import annotations
 
-import os
+import errno
+import re
 import shutil
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from .errors import UserError
-from .files import read_json, sha256, sync_folder, write_json
+from .errors import RunFailed, UserError
+from .files import json_text, make_folder, read_json, sha256, sync_folder, write_atomic, write_json
+from .restore import (
+    LOOP_STATE,
+    bare,
+    load_into,
+    load_model,
+    load_optimizer,
+    load_tensors,
+    optimizer_tensors,
+    read_state,
+)
+from .tensors import Form, Stream, write_tensors
+
+__all__ = [
+    "Checkpoints",
+    "load_into",
+    "load_model",
+    "load_optimizer",
+    "load_tensors",
+    "newest",
+    "optimizer_tensors",
+    "read_state",
+    "verify",
+]
 
 MANIFEST = "miram.checkpoint/1"
-LOOP_STATE = "miram.loop/1"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds, as plain tensors by name."""
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    rng: dict[str, Tensor]
-    state: dict[str, Any]
+# ---------------------------------------------------------------------------------------------- writing
 
 
-def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint beside its place, rename it there, seal it with the manifest, prune to the last `keep`."""
-    final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name in ("model", "optimizer", "rng"):
-        _save_tensors(temporary / f"{name}.safetensors", getattr(checkpoint, name))
-    write_json(temporary / "state.json", LOOP_STATE, checkpoint.state)
-    temporary.replace(final)
-    sync_folder(folder)
-    write_json(final / "manifest.json", MANIFEST, {"sha256": {p.name: sha256(p) for p in sorted(final.iterdir())}})
-    _prune(folder, step, keep)
-    return final
+class Checkpoints:
+    """Writes the checkpoints of a run, and keeps some of them.
+
+    Args:
+        folder: where they go.
+        keep_last: the newest so many are kept.
+        keep_every: steps that are multiples of it are kept for good.
+        writes: whether this rank writes; the others only take part in putting tensors together.
+        background: copy the tensors to host memory and let a thread write them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        writes: bool = True,
+        background: bool = False,
+    ):
+        assert keep_last > 0
+        self.folder, self.keep_last, self.keep_every, self.writes = folder, keep_last, keep_every, writes
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: Future[None] | None = None
+        self._sound: dict[str, Stamps] = {}
+
+    def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Write the checkpoint of a step; all ranks must call it, with the same names.
+
+        Args:
+            step: optimizer steps taken.
+            parts: tensors by name for each file, on any device, whole or in shards (DTensor).
+            state: what goes into state.json.
+
+        Raises:
+            RunFailed: on the rank that writes: the disk failed, now or in the background write before. The last
+                checkpoint is whole.
+        """
+        streams = {part: Stream({bare(name): t for name, t in parts[part].items()}) for part in sorted(parts)}
+        failure = None
+        if self.writes:
+            try:
+                self.wait()
+                self._start(step, streams, state)
+            except RunFailed as error:
+                failure = error
+        for stream in streams.values():
+            stream.drain()
+        if failure:
+            raise failure
+
+    def wait(self) -> None:
+        """Until the background write is on disk.
+
+        Raises:
+            RunFailed: it is not; the checkpoint before it is whole.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _start(self, step: int, streams: Mapping[str, Stream], state: Mapping[str, Any]) -> None:
+        path = self.folder / f"step-{step:08d}"
+        if verify(path) is None:
+            return  # a step has one state, and this is it: not to be put at risk
+        aliases = {part: stream.aliases for part, stream in streams.items() if stream.aliases}
+        text = json_text(LOOP_STATE, {"step": step, **state, "aliases": aliases})
+        parts = {part: Part(stream.forms, stream) for part, stream in streams.items()}
+        if self._writer is None:
+            self._write(path, parts, text)
+        else:
+            copies = {
+                part: Part(forms, [to_host(value) for value in values]) for part, (forms, values) in parts.items()
+            }
+            self._pending = self._writer.submit(self._write, path, copies, text)
+
+    def _write(self, path: Path, parts: Mapping[str, Part], text: str) -> None:
+        try:
+            self._clear(path)
+            write_checkpoint(path, parts, text)
+            self._sound[path.name] = stamps(path)
+        except OSError as error:
+            with suppress(OSError):
+                self._clear(path, ignore_errors=True)
+            raise RunFailed(self._failed(path, error)) from error
+        with suppress(OSError):  # the checkpoint is whole: what cannot be removed now is tried again next time
+            self._prune(path)
+
+    def _clear(self, path: Path, ignore_errors: bool = False) -> None:
+        """Make room: nothing that was begun and not finished is left, and nothing damaged of this step."""
+        for leftover in [*self.folder.glob(".step-*"), path]:
+            if leftover.exists():
+                shutil.rmtree(leftover, ignore_errors)
+
+    def _failed(self, path: Path, error: OSError) -> str:
+        last = None
+        with suppress(OSError):
+            last, _ = newest(self.folder)
+        remains = f"checkpoint {last.name} is whole" if last else "no whole checkpoint was found"
+        advice = "free space" if error.errno in FULL else "mend that"
+        reason = error.strerror or error
+        what = f"the checkpoint of step {step_of(path)} could not be written to {self.folder} ({reason})"
+        return f"{what}; {remains}; {advice} and run the same command again"
+
+    def _prune(self, path: Path) -> None:
+        """Remove what is older than the last few sound ones.
+
+        Later steps are left alone: a resume skipped them as damaged.
+        """
+        sound = 0
+        for old in reversed([old for old in checkpoints(self.folder) if step_of(old) <= step_of(path)]):
+            if sound < self.keep_last:
+                sound += self._is_sound(old)
+            elif not (self.keep_every and step_of(old) % self.keep_every == 0):
+                shutil.rmtree(old, ignore_errors=True)
+                self._sound.pop(old.name, None)
+
+    def _is_sound(self, path: Path) -> bool:
+        """Verify a checkpoint, unless its files are those that were written or verified before."""
+        try:
+            found = stamps(path)
+        except OSError:
+            return False
+        if self._sound.get(path.name) != found:
+            if verify(path) is not None:
+                return False
+            self._sound[path.name] = found
+        return True
 
 
-def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose manifest verifies (None if there is none) and a sentence for each one skipped."""
+Stamps = dict[str, tuple[int, int, int]]
+
+
+def stamps(path: Path) -> Stamps:
+    """Inode, size and time of change of each file in a folder: they tell whether one was touched."""
+    return {p.name: (s.st_ino, s.st_size, s.st_mtime_ns) for p in path.iterdir() for s in [p.stat()]}
+
+
+class Part(NamedTuple):
+    """What goes into one file: forms by name in the file's order, and the tensors in that order."""
+
+    forms: Mapping[str, Form]
+    values: Iterable[Tensor]
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy that training cannot change."""
+    return tensor.to("cpu", copy=True)
+
+
+def write_checkpoint(path: Path, parts: Mapping[str, Part], text: str) -> None:
+    """Write a checkpoint beside its place, rename it there, and seal it with the manifest.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    temporary = path.with_name(f".{path.name}")
+    make_folder(path.parent)
+    temporary.mkdir()
+    digests = {}
+    for part, (forms, values) in parts.items():
+        digests[f"{part}.safetensors"] = write_tensors(temporary / f"{part}.safetensors", forms, values)
+    write_atomic(temporary / "state.json", text)
+    digests["state.json"] = sha256(temporary / "state.json")
+    sync_folder(temporary)
+    temporary.replace(path)
+    sync_folder(path.parent)
+    write_json(path / "manifest.json", MANIFEST, {"sha256": digests})
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All that look like checkpoints, sound or not, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint was written at."""
+    return int(path.name.removeprefix("step-"))
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies (None if there is none) and a sentence for each one skipped."""
     skipped: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         fault = verify(path)
         if fault is None:
-            return _load(path), skipped
+            return path, skipped
         skipped.append(f"skipped checkpoint {path.name}: {fault}")
     return None, skipped
 
 
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    if not (path / "manifest.json").exists():
-        return "it was not finished (no manifest)"
     try:
-        digests = read_json(path / "manifest.json", MANIFEST).get("sha256")
-    except UserError as error:
+        return _fault(path)
+    except (UserError, OSError) as error:
         return str(error)
-    if not isinstance(digests, dict):
+
+
+def _fault(path: Path) -> str | None:
+    manifest = path / "manifest.json"
+    if not manifest.exists():
+        return "it was not finished (no manifest)"
+    digests = read_json(manifest, MANIFEST).get("sha256")
+    if not isinstance(digests, dict) or manifest.read_text() != json_text(MANIFEST, {"sha256": digests}):
         return "its manifest is damaged"
     for name, digest in digests.items():
         if not (path / name).exists():
@@ -82,55 +274,3 @@ def verify(path: Path) -> str | None:
         if sha256(path / name) != digest:
             return f"{name} does not match its sha256"
     return None
-
-
-def _load(path: Path) -> Checkpoint:
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer", "rng")}
-    return Checkpoint(**tensors, state=read_json(path / "state.json", LOOP_STATE))
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    places = Counter(tensor.data_ptr() for tensor in plain.values())
-    save_file({n: t.clone() if places[t.data_ptr()] > 1 else t for n, t in plain.items()}, path)  # tied weights
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Later steps are left alone: a resume skipped them as damaged, and they must not push out sound ones."""
-    reached = [path for path in sorted(folder.glob("step-*")) if path.name <= f"step-{step:08d}"]
-    for path in reached[:-keep]:
-        shutil.rmtree(path)
-
-
-# ---------------------------------------------------------------------------------------------- optimizer by name
-
-
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every moment as `<moment>.<parameter name>`; scalars get shape (1,)."""
-    return {
-        f"{moment}.{name}": value.reshape(1) if value.ndim == 0 else value
-        for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give each parameter its moments back, by name, on its own device.
-
-    Raises:
-        UserError: a moment belongs to no parameter of the model.
-    """
-    parameters = dict(model.named_parameters())
-    fused = any(group.get("fused") for group in optimizer.param_groups)
-    for key, value in tensors.items():
-        moment, _, name = key.partition(".")
-        if name not in parameters:
-            raise UserError(
-                f"the checkpoint's optimizer holds {key!r}, which this model has not; was the model changed?"
-            )
-        parameter = parameters[name]
-        counts = moment == "step"  # a 0-D tensor, which only a fused optimizer keeps on the device
-        moved = value.reshape(() if counts else parameter.shape)
-        optimizer.state[parameter][moment] = moved.to("cpu" if counts and not fused else parameter.device, copy=True)

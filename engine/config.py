@@ -127,7 +127,7 @@ def presets() -> list[str]:
     return sorted(
         f"{stage.name}/{file.name.removesuffix('.yaml')}"
         for stage in root.iterdir()
-        if stage.is_dir()
+        if stage.is_dir() and stage.name != "accelerate"  # files for `accelerate launch --config_file`
         for file in stage.iterdir()
         if file.name.endswith(".yaml")
     )

@@ -29,6 +29,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that it survives a power cut; one that is there is only made sure of."""
+    if not folder.parent.is_dir():
+        make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside the folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -40,7 +48,12 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, schema: str, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON with its schema's name in front."""
-    write_atomic(path, json.dumps({"schema": schema, **content}, indent=1) + "\n")
+    write_atomic(path, json_text(schema, content))
+
+
+def json_text(schema: str, content: Mapping[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps({"schema": schema, **content}, indent=1) + "\n"
 
 
 def read_json(path: Path, schema: str) -> dict[str, Any]:

@@ -1,16 +1,24 @@
-"""Stopping well: a signal becomes a checkpoint, a loss that is no number becomes a clear end."""
+"""Stopping well: a signal becomes a checkpoint, a loss that is no number or memory that runs out a clear end."""
 
 from __future__ import annotations
 
+import math
 import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from .errors import RunFailed
+
+FEW = 16  # samples that a sentence can name
 
 
 class StopSignals:
@@ -33,13 +41,6 @@ class StopSignals:
         self.received = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any rank was told to stop: all ranks get the same answer, so that none waits for another."""
-        if accelerator.num_processes == 1:
-            return bool(self.received)
-        flag = torch.tensor(float(bool(self.received)), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item() > 0)
-
 
 def ignore_stop_signals(_: int) -> None:
     """For data workers: the group's signal is for the loop, which still needs them to finish its step."""
@@ -47,14 +48,99 @@ def ignore_stop_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def require_finite(values: Tensor, step: int) -> None:
-    """Stop before a broken loss reaches a log line or a checkpoint.
+# ---------------------------------------------------------------------------------------------- what ranks agree on
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know of a step."""
+
+    broken: bool = False  # a loss or the gradient is no number
+    stop: bool = False  # some rank was told to stop
+    save: bool = False  # the main process finds that it is time for a checkpoint
+
+    def __or__(self, other: Agreed) -> Agreed:
+        return Agreed(self.broken or other.broken, self.stop or other.stop, self.save or other.save)
+
+
+class Bulletin:
+    """Three flags of each step, copied to the host while the device works, and read a step later: nothing waits.
+
+    (3,) broken, stop, save, summed over ranks.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.pages = [torch.zeros(3, pin_memory=self.on_gpu) for _ in range(2)]
+        self.sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def post(self, flags: Tensor) -> None:
+        """Send those of a step."""
+        page = self.pages.pop(0)
+        self.pages.append(page)
+        page.copy_(flags, non_blocking=True)
+        event = None
+        if self.on_gpu:
+            event = torch.cuda.Event()
+            event.record()
+        self.sent.append((page, event))
+
+    def read(self, waiting: bool) -> Agreed:
+        """What was posted the time before last or, `waiting` for the device, last."""
+        agreed = Agreed()
+        while len(self.sent) > (0 if waiting else 1):
+            page, event = self.sent.popleft()
+            if event is not None:
+                event.synchronize()
+            agreed |= Agreed(*(value > 0 for value in page.tolist()))
+        return agreed
+
+
+class Culprits:
+    """Which samples of the last two steps gave this rank a loss that is no number."""
+
+    def __init__(self) -> None:
+        self.steps: deque[tuple[int, Tensor, list[list[str]]]] = deque(maxlen=2)
+
+    def note(self, step: int, broken: Tensor, keys: list[list[str]]) -> None:
+        """(M,) flags and the sample keys of a step's M micro-batches; the flags stay on the device."""
+        self.steps.append((step, broken, keys))
+
+    def named(self, accelerator: Accelerator) -> str:
+        """A clause about the first broken step, the same on all ranks, which must all ask."""
+        said = gather_object([self._of(accelerator.process_index)])
+        first = min(step for step, _ in said)
+        return "; ".join(dict.fromkeys(clause for step, clause in said if step == first))
+
+    def _of(self, rank: int) -> tuple[float, str]:
+        for step, flags, keys in self.steps:
+            if flags.any():
+                bad = [key for flag, batch in zip(flags.tolist(), keys, strict=True) if flag for key in batch]
+                more = f" and {len(bad) - FEW} more" if len(bad) > FEW else ""
+                names = f" of samples {', '.join(bad[:FEW])}{more}" if bad else ""
+                return step, f"on rank {rank} the loss of step {step}{names} is infinite or not a number"
+        return math.inf, f"a gradient became infinite or not a number by step {self.steps[-1][0]}"
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+class OutOfMemory(RunFailed):
+    """The device, or the machine, has no memory for a step."""
+
+
+@contextmanager
+def telling_of_memory(what: Callable[[], str]) -> Iterator[None]:
+    """Turn an allocation that failed into one sentence that says `what` did not fit.
 
     Raises:
-        RunFailed: a value is infinite or not a number.
+        OutOfMemory: torch got no memory.
     """
-    if not torch.isfinite(values).all():
-        raise RunFailed(
-            f"a loss or gradient became infinite or not a number by step {step}; the last checkpoint is sound. "
-            "Try a lower train.blr, a longer train.warmup_steps, train.clip_grad=1 or train.precision=fp32"
-        )
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"out of memory: {what()}") from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # torch has no class of its own for it
+            raise
+        raise OutOfMemory(f"out of memory: {what()}") from error

@@ -1,18 +1,31 @@
 """What Accelerate is used for, and what not.
 
-Used: starting ranks, device placement, DDP wrapping, autocast, backward, clipping, reductions between ranks.
-Not used: its loaders (they break on sharded data), its scheduler wrapping (it steps once a rank) and its
-`save_state` (it deletes the old checkpoint before the new one is whole, and writes pickles). We own those three.
+Used: starting ranks and the group they form, device placement, DDP wrapping, sums and gathers between ranks, barriers,
+trackers. `accelerate launch` and its files (configs/accelerate) are the way to start many ranks; torchrun works, too.
+
+Not used, because each broke in a trial:
+    its loaders       they drop, repeat or re-read samples of sharded data, and cannot be taken up again exactly
+    its schedulers    they step once a rank
+    its `save_state`  it deletes the old checkpoint before the new one is whole, and writes pickles
+    its FSDP plugin   without a GPU it silently is DDP, so nothing of it could be tested; torch's own is as short
+    its loss scaling  fp16 then runs on no processor, and its overflow flag takes the place of the guard's
+Those we own: data/stream.py, schedule.py, checkpoint.py, parallel.py, loss_scale.py.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
 from .errors import UserError
+
+Strategy = Literal["ddp", "fsdp2"]
+FSDP_ASKED = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` for a file that asks for FSDP
 
 
 def device() -> torch.device:
@@ -21,19 +34,52 @@ def device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """The process group and precision of this run.
+def make_accelerator(deterministic: bool = False) -> Accelerator:
+    """The process group of this run.
 
-    `cpu` is passed explicitly: left to itself Accelerate makes two CPU processes two independent ranks 0.
+    `cpu` is passed explicitly: left to itself Accelerate makes two CPU processes two independent ranks 0. Precision is
+    the loop's: autocast and loss scaling have to be the same on a processor.
+
+    Args:
+        deterministic: only kernels that give the same bits every time.
 
     Raises:
         UserError: the launcher started another number of processes than there are ranks.
     """
-    mixed_precision = {"fp32": "no"}.get(precision, precision)
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device().type == "cpu")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+        torch.use_deterministic_algorithms(True)
+    with hidden(FSDP_ASKED):
+        accelerator = Accelerator(mixed_precision="no", cpu=device().type == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
             f"the launcher set WORLD_SIZE={launched}, but {accelerator.num_processes} ranks came up; check its settings"
         )
     return accelerator
+
+
+@contextmanager
+def hidden(variable: str) -> Iterator[None]:
+    """Without an environment variable inside."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+def strategy(parallel: Literal["auto", "ddp", "fsdp2"]) -> Strategy:
+    """How the ranks share the model: as configured, or, with auto, as the launcher's file asks.
+
+    Raises:
+        UserError: the file asks for the first FSDP.
+    """
+    if parallel != "auto":
+        return parallel
+    if os.environ.get(FSDP_ASKED, "").lower() not in ("1", "true", "yes"):
+        return "ddp"
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate's file asks for FSDP 1; set fsdp_version: 2 in it, as configs/accelerate/fsdp2.yaml")
+    return "fsdp2"

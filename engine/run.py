@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,26 @@ CAPTIONS = "miram.captions/1"
 INPUTS = "miram.inputs/1"
 Status = Literal["running", "finished", "preempted", "failed"]
 
-# Settings that may change between a run and its continuation: none of them can change a figure.
-FREE = {"out", "data.workers", "data.cache_mb"}
+# Settings that may change between a run and its continuation: none of them can change a figure beyond rounding.
+FREE = {
+    "out",
+    "data.workers",
+    "data.cache_mb",
+    "model.checkpointing",
+    "model.scales.*.checkpointing",
+    "monitor.*",
+    "train.micro_batch",
+    "train.parallel",
+    "train.log_every",
+    "train.trackers",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.checkpoint_async",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.stall_seconds",
+    "train.profile_steps",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,9 @@ class Run:
         return figures
 
 
-def open_run(config: Section, folder: str, stage: str, inputs: Mapping[str, str] | None = None) -> Run:
+def open_run(
+    config: Section, folder: str, stage: str, inputs: Mapping[str, str] | None = None, *, writes: bool = True
+) -> Run:
     """Create the run folder, or take up the one that is there if configuration and inputs are the same.
 
     Args:
@@ -100,6 +121,7 @@ def open_run(config: Section, folder: str, stage: str, inputs: Mapping[str, str]
         folder: where the run goes.
         stage: what kind of run it is.
         inputs: digests of what it reads, by name.
+        writes: false: only say whether it would be refused.
 
     Raises:
         UserError: the folder holds something else, or a run whose configuration or inputs differ.
@@ -113,7 +135,7 @@ def open_run(config: Section, folder: str, stage: str, inputs: Mapping[str, str]
         raise UserError(f"{folder} is not empty and is no run; choose another --out or empty it")
     elif run.folder.exists() and not run.folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out")
-    else:
+    elif writes:
         _begin(saved, config, inputs or {})
     return run
 
@@ -133,13 +155,17 @@ def _begin(saved: Path, config: Section, inputs: Mapping[str, str]) -> None:
 
 def _same_config(config: Section, saved: Path) -> None:
     before, now = (_flat(parse_yaml(saved.read_text(), str(saved))), _flat(parse_yaml(dump_yaml(config), "config")))
-    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE)
+    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not _free(k))
     if differing:
         changes = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise UserError(
             f"{saved.parent} was started with another configuration ({changes}{more}); choose another --out"
         )
+
+
+def _free(key: str) -> bool:
+    return any(fnmatchcase(key, free) for free in FREE)
 
 
 def _same_inputs(inputs: Mapping[str, str], saved: Path) -> None:

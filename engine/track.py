@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -63,16 +64,27 @@ class Meter:
 
 
 class Tracker:
-    """Progress of one training on rank 0; other ranks stay silent."""
+    """Progress of one training: figures on every rank, for people only where `visible`.
 
-    def __init__(self, name: str, steps: int, start: int, visible: bool):
-        self.visible, self.steps = visible, steps
+    Args:
+        name: what is trained.
+        steps: of the whole training.
+        start: steps done before this start.
+        batch_size: images a step, over all ranks.
+        visible: whether this process shows anything.
+    """
+
+    def __init__(self, name: str, steps: int, start: int, batch_size: int, visible: bool):
+        self.steps, self.start, self.batch_size, self.visible = steps, start, batch_size, visible
         self._bar = progress_bar()
         self._bar.disable = self._bar.disable or not visible
         self._task = self._bar.add_task(name, total=steps, completed=start, note="")
-        self._clock, self._clock_step = time.perf_counter(), start
+        self._asked_step = start
+        self._began = self._asked = time.perf_counter()
+        self._waited = self._elsewhere = 0.0
 
     def __enter__(self) -> Tracker:
+        self._began = self._asked = time.perf_counter()
         self._bar.start()
         return self
 
@@ -83,23 +95,59 @@ class Tracker:
         """One step is done."""
         self._bar.update(self._task, completed=step)
 
-    def steps_per_second(self, step: int) -> float:
-        """Since it was last asked."""
-        now = time.perf_counter()
-        rate = (step - self._clock_step) / max(now - self._clock, 1e-9)
-        self._clock, self._clock_step = now, step
-        return rate
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the draw of data: the host has nothing to give to the device meanwhile."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - began
 
-    def leave_out(self, seconds: float) -> None:
-        """Time that was spent on something else than steps."""
-        self._clock += seconds
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Around what is no training, such as a monitor's look; saving is part of training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._elsewhere += time.perf_counter() - began
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Since it was last asked: images a second, share of the time waited for data; and the peak of memory.
+
+        Both are 0 where no time or no step has passed. Time that was left out counts for neither.
+        """
+        now = time.perf_counter()
+        spent = max(now - self._asked - self._elsewhere, 0.0)
+        images = (step - self._asked_step) * self.batch_size
+        rate, share = (images / spent, min(self._waited / spent, 1.0)) if spent else (0.0, 0.0)
+        self._asked, self._asked_step, self._waited, self._elsewhere = now, step, 0.0, 0.0
+        return {"images_per_s": round(rate, 2), "data_wait": round(share, 4), "peak_memory_bytes": peak_memory_bytes()}
 
     def show(self, line: Mapping[str, float]) -> None:
         """A logged step, in a few figures."""
-        note = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_s']:.0f} images/s"
+        rate, memory = line["images_per_s"], line["peak_memory_bytes"] / 1e9
+        note = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {rate:.{0 if rate >= 10 else 1}f} images/s"
+        note += f"  {100 * line['data_wait']:.0f}% waiting  {memory:.1f} GB"
         self._bar.update(self._task, note=note)
         if self.visible and not console.is_terminal:
-            print(f"step {int(line['step'])}/{self.steps}  {note}", file=sys.stderr, flush=True)
+            step = int(line["step"])
+            print(f"step {step}/{self.steps}  {note}{self._left(step)}", file=sys.stderr, flush=True)
+
+    def _left(self, step: int) -> str:
+        """Time left at the pace since the start, looks of monitors and all."""
+        if step <= self.start:
+            return ""
+        seconds = (time.perf_counter() - self._began) / (step - self.start) * (self.steps - step)
+        return f"  {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """In the unit a person would use: 40 s, 2 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory_bytes() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from functools import partial
 
 if not __package__:
     sys.exit("start this with `python -m miram.pretrain CONFIG …`, not by its file name")
@@ -10,13 +12,26 @@ if not __package__:
 from ..engine.command import run_stage
 from ..engine.errors import exit_code
 
+ABOUT = (
+    "Trains an encoder on shards. The same command goes on with an unfinished run, also on another number of ranks.",
+    "",
+    "  --dry-run    build everything, take one step, print what it costs, and leave nothing",
+)
 
-def main() -> None:
+
+def start(command: str, arguments: Sequence[str]) -> None:
     """Read the command line and train."""
     from .config import PretrainConfig
     from .stage import pretrain
 
-    run_stage("python -m miram.pretrain", PretrainConfig, pretrain, sys.argv[1:])
+    rest = [argument for argument in arguments if argument != "--dry-run"]
+    stage = partial(pretrain, dry_run=len(rest) < len(arguments))
+    run_stage(command, PretrainConfig, stage, rest, ABOUT)
+
+
+def main() -> None:
+    """What a launcher starts on every rank."""
+    start("python -m miram.pretrain", sys.argv[1:])
 
 
 if __name__ == "__main__":

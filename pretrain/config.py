@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_
 from ..data.augment import PairSection
 from ..data.config import CropSection, DataSection, Share
 from ..engine.config import Section, check_options
-from ..engine.loop import TrainSection
+from ..engine.recipe import TrainSection
 from .attention import ATTENTIONS
 
 

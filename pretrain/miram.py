@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.loop import Batch, Objective
+from ..engine.objective import Batch, Objective
 from .attention import Attention, Grid
 from .config import ScaleSection
 from .decoder import Decoder
 from .encoder import Encoder, encode_visible, initialise
+from .layers import distances
 from .masking import gather_cells, random_masking, tile_ids, upsample_mask
 from .patches import normalise_patches, patchify
 
@@ -149,6 +150,10 @@ class Miram(Objective):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.begin_step(step)
+
+    def distances(self) -> dict[str, int]:
+        """Of the encoder's parameters from the decoders."""
+        return distances(self.encoder)
 
     # ------------------------------------------------------------------------------------------ targets
 

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.errors import UserError
-from ..engine.loop import Batch, Objective, TrainSection
+from ..engine.objective import Batch, Objective
+from ..engine.recipe import TrainSection
 from .config import MocoSection
 from .encoder import Encoder
+from .layers import distances
 from .sync_norm import GlobalBatchNorm, gather, rank, upcast
 
 
@@ -101,6 +103,10 @@ class MocoV3(Objective):
         """(1,) images."""
         images = batch["view/a"]
         return torch.full((1,), len(images), dtype=torch.float32, device=images.device)
+
+    def distances(self) -> dict[str, int]:
+        """Of the encoder's parameters from the projector; the slow copies do not learn by gradient."""
+        return distances(self.encoder)
 
 
 def contrast(q: Tensor, k: Tensor, tau: float) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from accelerate import Accelerator
@@ -15,26 +18,34 @@ from ..data.shards import ShardDataset
 from ..data.stream import EpochStream
 from ..data.views import MultiScaleViews
 from ..engine.config import load
+from ..engine.errors import RunFailed
+from ..engine.guard import OutOfMemory
 from ..engine.launch import make_accelerator
 from ..engine.loop import Trainer
+from ..engine.objective import Objective
+from ..engine.parallel import Twin, needs_twin
 from ..engine.run import Run, open_run
-from .build import build_objective, build_views, encoder_card
+from .build import Learner, build_objective, build_views, encoder_card
 from .config import PretrainConfig
-from .encoder import encoder_digest, save_encoder
+from .encoder import EncoderCard, encoder_digest, save_encoder
 from .moco_v3 import refuse_accumulation
 from .monitors import Monitors
+from .rehearsal import advice, rehearse
 
 
-def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
+def pretrain(config: str, arguments: Sequence[str] = (), *, dry_run: bool = False) -> Run:
     """`miram pretrain CONFIG --a.b=value …`, as the only rank or as one of many.
+
+    Args:
+        dry_run: build everything, take one step, print what it cost, and leave nothing.
 
     Raises:
         UserError: configuration, data or run folder are not usable.
         Preempted: stopped on a signal with a checkpoint on disk.
-        RunFailed: the loss became infinite or not a number.
+        RunFailed: the loss became infinite or not a number, memory ran out, or the disk is full.
     """
     settings = load(PretrainConfig, config, arguments)
-    accelerator = make_accelerator(settings.train.precision)
+    accelerator = make_accelerator(settings.train.deterministic)
     if settings.objective == "moco_v3":
         refuse_accumulation(settings.train, accelerator.num_processes)
     shards = open_shards(settings.data)
@@ -44,25 +55,56 @@ def pretrain(config: str, arguments: Sequence[str] = ()) -> Run:
     skip = settings.data.on_damage == "skip"
     stream = EpochStream(shards, views, settings.train.batch_size, settings.seed, settings.data.workers, skip=skip)
     run = Run(Path(settings.out), "pretrain")
-    monitors = Monitors(settings, objective, stream.dataset, run)
-    trainer = Trainer(run, objective, stream, settings.train, settings.seed, accelerator, monitors)
+    twin = Twin(objective, accelerator, needed=needs_twin(settings.train, accelerator))
+    monitors = Monitors(settings, cast(Objective, twin.model), stream.dataset, run)
+    trainer = Trainer(
+        run, objective, stream, settings.train, settings.seed, accelerator, monitors, twin, told(settings)
+    )
     if accelerator.is_main_process:
         # The first thing written: all that can be refused has been.
-        open_run(settings, settings.out, "pretrain", inputs(settings, shards))
+        open_run(settings, settings.out, "pretrain", inputs(settings, shards), writes=not dry_run)
         tell(said, views, shards, accelerator)
     accelerator.wait_for_everyone()
-    if run.finished:
-        accelerator.print(f"{run.folder} is finished; nothing to do")
-        return run
+    with advising(settings, accelerator):
+        if dry_run:
+            rehearse(settings, trainer)
+        elif run.finished:
+            accelerator.print(f"{run.folder} is finished; nothing to do")
+        else:
+            train(trainer, card)
+    accelerator.end_training()
+    return run
+
+
+def train(trainer: Trainer, card: EncoderCard) -> None:
+    """To the last step, and the encoder into the run folder."""
+    run, accelerator = trainer.run, trainer.accelerator
     with run.recorded(writes=accelerator.is_main_process):
         trainer.fit()
         if accelerator.is_main_process:
             trained = replace(card, provenance={**card.provenance, "steps": trainer.step})
-            save_encoder(run.folder, objective.encoder, trained)
+            save_encoder(run.folder, cast(Learner, trainer.twin.model).encoder, trained)
     accelerator.wait_for_everyone()
     accelerator.print(f"encoder: {run.folder / 'encoder.safetensors'}")
-    accelerator.end_training()
-    return run
+
+
+@contextmanager
+def advising(settings: PretrainConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Where memory runs out, say what would fit.
+
+    Raises:
+        RunFailed: it did.
+    """
+    try:
+        yield
+    except OutOfMemory as error:
+        print(f"miram: {error}; counting what would fit …", file=sys.stderr, flush=True)
+        raise RunFailed(f"{error}; {advice(settings, accelerator)}") from error
+
+
+def told(settings: PretrainConfig) -> Mapping[str, Any]:
+    """What trackers, some of which are on the network, are told of the configuration: no path, no name of a file."""
+    return settings.model_dump(include={"seed", "objective", "model", "train", "moco", "crop"})
 
 
 def inputs(settings: PretrainConfig, shards: ShardDataset) -> Mapping[str, str]:

@@ -24,7 +24,8 @@ from ...data.shards import ShardDataset
 from ...data.stream import DAMAGED, FAULT, ViewDataset, collate
 from ...engine.errors import UserError
 from ...engine.files import write_atomic
-from ...engine.loop import Batch, Objective, to_device
+from ...engine.objective import Batch, Objective
+from ...engine.step import OnDevice
 from ...engine.run import Run
 from ..config import PretrainConfig
 from ..miram import Miram
@@ -80,7 +81,7 @@ class Monitors:
 
     def pictures(self) -> list[Picture]:
         """Those of the present weights."""
-        batch = to_device(self.batch, next(self.encoder.parameters()).device)
+        batch = dict(OnDevice(self.batch, next(self.encoder.parameters()).device))
         shown = (
             picture_of_reconstructions(self.model, batch) if isinstance(self.model, Miram) else picture_of_pairs(batch)
         )

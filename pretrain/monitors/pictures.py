@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...engine.loop import Batch
+from ...engine.objective import Batch
 from ..config import ScaleSection
 from ..miram import Miram
 from ..patches import patch_moments, patchify, unpatchify

@@ -16,7 +16,7 @@ from typing import Any
 from ...engine.config import load
 from ...engine.errors import UserError, one_line
 from ...engine.files import write_json
-from ...engine.loop import split_batch
+from ...engine.recipe import split_batch
 from ..attention import ATTENTIONS, Attention, build_attention
 from ..build import build_objective, with_backend
 from ..config import PretrainConfig, ScaleSection
@@ -50,6 +50,7 @@ class Memory:
     weights: int
     gradients: int
     moments: int
+    averages: int
     batch: int
     kept: int
     copies: int
@@ -100,12 +101,27 @@ def plan(config: str, arguments: Sequence[str] = (), *, timed: bool = True, json
     Raises:
         UserError: the configuration is not usable.
     """
-    settings = countable(load(PretrainConfig, config, arguments))
+    found = plan_of(load(PretrainConfig, config, arguments), timed=timed)
+    show(found)
+    if json is not None:
+        write_json(json, PLAN, asdict(found))
+    return found
+
+
+def plan_of(settings: PretrainConfig, *, world: int = 1, timed: bool = False, compared: bool = True) -> Plan:
+    """The plan of a rank among `world`.
+
+    Args:
+        timed: time the attentions on this machine.
+        compared: count all of them.
+    """
+    settings = countable(settings)
     say(f"counting a step of {settings.objective}")
     cost = cost_of(settings)
-    micro_batch, accumulation = split_batch(settings.train, world=1)
+    micro_batch, accumulation = split_batch(settings.train, world)
     batch = micro_batch * accumulation
-    found = Plan(
+    compared = compared and settings.objective == "miram"
+    return Plan(
         objective=settings.objective,
         precision=settings.train.precision,
         micro_batch=micro_batch,
@@ -113,19 +129,15 @@ def plan(config: str, arguments: Sequence[str] = (), *, timed: bool = True, json
         parts=list(parts_of(cost)),
         memory=memory_of(cost, micro_batch, batch),
         cards={gb: cost.largest_micro_batch(HEADROOM * gb * 1e9, batch) for gb in CARDS},
-        variants=compare(settings, cost, timed) if settings.objective == "miram" else {},
-        timed_on=machine() if timed and settings.objective == "miram" else None,
+        variants=compare(settings, cost, timed) if compared else {},
+        timed_on=machine() if timed and compared else None,
     )
-    show(found)
-    if json is not None:
-        write_json(json, PLAN, asdict(found))
-    return found
 
 
 def cost_of(settings: PretrainConfig) -> Cost:
     """Counted with one channel: the data, which may have others, stay closed."""
     card = card_for(settings.model.encoder, settings.model.size, {"in_chans": 1} | settings.model.encoder_options)
-    return count(lambda: build_objective(settings, card)[0], settings.train.precision)
+    return count(lambda: build_objective(settings, card)[0], settings.train.precision, settings.train.ema is not None)
 
 
 def countable(settings: PretrainConfig) -> PretrainConfig:
@@ -169,7 +181,8 @@ def memory_of(cost: Cost, micro_batch: int, batch: int) -> Memory:
         weights=cost.weights,
         gradients=cost.trainable,
         moments=2 * cost.trainable,
-        batch=batch * cost.inputs,
+        averages=cost.averages,
+        batch=micro_batch * cost.inputs,
         kept=micro_batch * cost.held.total(),
         copies=cost.fixed,
         peak=cost.peak(micro_batch, batch),

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from ...engine.step import AUTOCAST
 from ..build import Learner
 
 REST = "rest"  # what belongs to no module: targets, losses, filling in mask tokens
@@ -232,6 +233,8 @@ class Cost:
     """bytes of parameters and buffers"""
     trainable: int
     """bytes of trainable parameters: once more for gradients, twice for AdamW's moments"""
+    averages: int
+    """bytes of `train.ema`: averages of the weights, and a model to look at that has them"""
     inputs: int
     """bytes of a sample on the device"""
     levels: dict[bool, tuple[Line, Line]]
@@ -248,28 +251,31 @@ class Cost:
         return Counter({name: sum(counter[place] for place in more) for name, counter in self.places.items()})
 
     def peak(self, micro_batch: int, batch: int) -> int:
-        """Most bytes at once, with weights, moments and the batch: the loop moves all its micro-batches together."""
+        """Most bytes at once: with weights, moments, averages and the micro-batch itself."""
         start, slope = self.levels[micro_batch < batch]
         work = int((start + (micro_batch - FEW) * slope).max())
-        return self.weights + 2 * self.trainable + batch * self.inputs + work
+        return self.weights + 2 * self.trainable + self.averages + micro_batch * self.inputs + work
 
     def largest_micro_batch(self, limit: float, batch: int) -> int:
         """Most images at once whose peak is within the limit, of at most `batch`; 0: not even one."""
         return bisect_right(range(1, batch + 1), limit, key=lambda images: self.peak(images, batch))
 
 
-def count(build: Callable[[], Learner], precision: str) -> Cost:
+def count(build: Callable[[], Learner], precision: str, averaged: bool = False) -> Cost:
     """The cost of a training step.
 
     Args:
         build: makes the objective; called where torch allocates nothing.
-        precision: `bf16` or `fp32`, as in training.
+        precision: as in training.
+        averaged: whether training keeps a moving average of the weights.
     """
     few, more = run_step(build, precision, FEW), run_step(build, precision, MORE)
     objective, held = few.objective, minus(more.held, few.held)
     parameters: Counter[str] = Counter()
     for name, parameter in objective.named_parameters():
         parameters[place_of(name)] += parameter.numel()
+    weights = sum(t.untyped_storage().nbytes() for t in state_of(objective))
+    trainable = sum(p.untyped_storage().nbytes() for p in objective.parameters() if p.requires_grad)
     places = {
         "parameters": parameters,
         "forward": minus(more.forward, few.forward),
@@ -284,8 +290,9 @@ def count(build: Callable[[], Learner], precision: str) -> Cost:
         held=rows(held),
         fixed=places["fixed"].total(),
         sequences={part: (shape[0] // FEW, *shape[1:]) for part, shape in few.sequences.items()},
-        weights=sum(t.untyped_storage().nbytes() for t in state_of(objective)),
-        trainable=sum(p.untyped_storage().nbytes() for p in objective.parameters() if p.requires_grad),
+        weights=weights,
+        trainable=trainable,
+        averages=(weights + trainable) * averaged,
         inputs=sum(4 * prod(shape) for shape in objective.inputs.values()),
         levels={False: (few.fresh, more.fresh - few.fresh), True: (few.again, more.again - few.again)},
         objective=objective,
@@ -304,7 +311,7 @@ def run_step(build: Callable[[], Learner], precision: str, images: int) -> Step:
         batch = {name: torch.rand(images, *shape) for name, shape in objective.inputs.items()}
         ledger.ignore([*state_of(objective), *batch.values()])
         with ledger:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", dtype=AUTOCAST[precision], enabled=precision != "fp32"):
                 losses = objective(batch)
             forward, held, ledger.base = ledger.flops.copy(), ledger.live.copy(), REST
             losses.sum().backward()

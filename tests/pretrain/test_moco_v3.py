@@ -25,7 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from miram.engine.errors import UserError
 from miram.engine.launch import make_accelerator
-from miram.engine.loop import Batch, Trainer, TrainSection, adamw
+from miram.engine.loop import Trainer
+from miram.engine.objective import Batch
+from miram.engine.optim import adamw
+from miram.engine.recipe import TrainSection
 from miram.engine.run import Run
 from miram.pretrain.build import build_objective
 from miram.pretrain.config import PretrainConfig
@@ -362,7 +365,7 @@ def test_the_slow_copy_moves_once_a_step_also_when_accumulating(micro_batch: int
     begin = model.begin_step
     model.begin_step = lambda step, steps: (seen.append((step, steps)), begin(step, steps))[1]  # type: ignore[method-assign]
     train = TrainSection(steps=3, batch_size=B, micro_batch=micro_batch, precision="fp32")
-    Trainer(Run(tmp_path, "pretrain"), model, Views(), train, 0, make_accelerator("fp32")).fit()
+    Trainer(Run(tmp_path, "pretrain"), model, Views(), train, 0, make_accelerator()).fit()
     assert seen == [(0, 3), (1, 3), (2, 3)]
 
 

@@ -24,7 +24,8 @@ from miram.data.stream import ViewDataset, collate
 from miram.engine.config import dump_yaml
 from miram.engine.errors import UserError
 from miram.engine.launch import make_accelerator
-from miram.engine.loop import Batch, Objective, Trainer
+from miram.engine.loop import Trainer
+from miram.engine.objective import Batch, Objective
 from miram.engine.report import write_report
 from miram.engine.run import Run, read_metrics
 from miram.finetune.features import extract
@@ -369,7 +370,7 @@ def trained(configured: PretrainConfig, folder: Path, monitored: bool) -> Traine
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_yaml(configured))
     monitor = Monitors(configured, model, data, run) if monitored else None
-    trainer = Trainer(run, model, Rows(data), configured.train, 3, make_accelerator("fp32"), monitor)
+    trainer = Trainer(run, model, Rows(data), configured.train, 3, make_accelerator(), monitor)
     trainer.fit()
     return trainer
 

@@ -181,7 +181,7 @@ MEASURE = """
 import ctypes, gc, json, sys
 import torch
 from miram.engine.config import load
-from miram.engine.loop import adamw
+from miram.engine.optim import adamw
 from miram.pretrain.build import build_objective
 from miram.pretrain.config import PretrainConfig
 from miram.pretrain.encoder import card_for

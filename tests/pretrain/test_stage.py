@@ -67,7 +67,7 @@ def test_a_run_leaves_what_the_contract_names(calm: Path) -> None:
     assert verify(calm / "checkpoints" / "step-00000012") is None
     lines = read_metrics(calm / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 13))
-    keys = "step epoch samples loss loss/1 loss/2 lr grad_norm images_per_s peak_memory_bytes"
+    keys = "step epoch samples loss loss/1 loss/2 grad_norm lr images_per_s data_wait peak_memory_bytes"
     assert list(lines[0]) == keys.split()
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["loss/1"] + lines[-1]["loss/2"])
     assert lines[-1]["samples"] == 96
