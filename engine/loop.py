@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from . import checkpoint as checkpoints
+from . import restore
 from .circumstances import Circumstances
 from .errors import Preempted, RunFailed
 from .guard import StopSignals, telling_of_memory
@@ -123,7 +124,7 @@ class Trainer:
         batches = self.stream.batches(self.step, self.rank, self.world, self.learner.micro_batch)
         with ExitStack() as stack:
             self.metrics = stack.enter_context(MetricsFile(folder / "metrics.jsonl", self.step, self.main))
-            self.trackers = start_trackers(section.trackers, folder, "miram", self.told, self.main)
+            self.trackers = start_trackers(section.trackers, folder, "miram", self.told, self.main, self.step)
             stack.enter_context(closing(self.trackers))
             for part in (self.tracker, self.watchdog, self.signals, telling_of_memory(self.burden)):
                 stack.enter_context(part)
@@ -135,14 +136,14 @@ class Trainer:
 
     def draw(self, batches: Iterator[Batch]) -> list[Batch]:
         """This rank's micro-batches of the next global batch."""
-        self.at("reading data")
+        self.watchdog.at("reading data", self.step + 1)
         self.profile.at(self.step + 1)
         with self.tracker.waiting():
             return [next(batches) for _ in range(self.learner.accumulation)]
 
     def learn(self, batches: list[Batch]) -> None:
         """Take a step, and add it up."""
-        self.at("learning")
+        self.watchdog.at("learning", self.step + 1)
         outcome = self.learner.learn(self.step, batches, bool(self.signals.received), self.save_by_now)
         self.step += 1
         self.window.add(outcome)
@@ -154,7 +155,7 @@ class Trainer:
         Raises:
             RunFailed: a loss or gradient is no number; the weights are those of the step before it.
         """
-        self.at("waiting for the device")
+        self.watchdog.at("waiting for the device", self.step)
         told = self.learner.bulletin.read(waiting)
         if told.stop or told.save:
             told |= self.learner.bulletin.read(waiting=True)  # what is saved has to be sound
@@ -180,7 +181,7 @@ class Trainer:
         """
         if not self.saving:
             return
-        self.at("saving")
+        self.watchdog.at("saving", self.step)
         failure = None
         try:
             self.checkpoints.save(self.step, self.parts(), self.state())
@@ -235,16 +236,12 @@ class Trainer:
         """What does not fit when memory runs out."""
         return f"rank {self.rank} in step {self.step + 1}, with {self.learner.micro_batch} images at once"
 
-    def at(self, what: str) -> None:
-        """Tell the watchdog what comes."""
-        self.watchdog.at(what, self.step + 1)
-
     # ------------------------------------------------------------------------------------------ lines and looks
 
     def look(self) -> dict[str, float]:
         """What the monitor sees; nothing on other ranks than the main one, which wait."""
         assert self.monitor is not None
-        self.at("looking")
+        self.watchdog.at("looking", self.step)
         with self.tracker.left_out(), torch.random.fork_rng():  # the training must not notice
             self.twin.follow(self.objective, self.learner.averages)
             looked = self.monitor(self.step) if self.main else {}
@@ -278,7 +275,7 @@ class Trainer:
         rng = torch.get_rng_state()[None].to(self.accelerator.device)
         parts = {
             "model": dict(self.objective.state_dict()),
-            "optimizer": checkpoints.optimizer_tensors(self.objective, self.learner.adamw),
+            "optimizer": restore.optimizer_tensors(self.objective, self.learner.adamw),
             "rng": {"torch": self.accelerator.gather(rng)},
         }
         return parts | ({"ema": self.learner.averages} if self.learner.averages else {})
@@ -306,15 +303,15 @@ class Trainer:
     def load(self, step: int) -> None:
         """Everything as it was after a step."""
         path = self.run.checkpoints / f"step-{step:08d}"
-        state, learner = checkpoints.read_state(path), self.learner
-        checkpoints.load_model(path, self.objective)
-        checkpoints.load_optimizer(path, self.objective, learner.adamw)
+        state, learner = restore.read_state(path), self.learner
+        restore.load_model(path, self.objective)
+        restore.load_optimizer(path, self.objective, learner.adamw)
         if learner.averages:
-            checkpoints.load_into(path, "ema", learner.averages)
+            restore.load_into(path, "ema", learner.averages)
         self.step = self.saved_step = step
         self.window.values.copy_(torch.tensor(state["window"]))
         learner.loss_scale.load(torch.tensor(state["loss_scale"]))
-        rng = checkpoints.load_tensors(path, "rng")["torch"]
+        rng = restore.load_tensors(path, "rng")["torch"]
         if len(rng) == self.world:  # for what draws between steps; steps seed themselves
             torch.set_rng_state(rng[self.rank].clone())  # of a view torch reads the start of its storage, and beyond
         if changes := self.circumstances.changes(state["circumstances"]):

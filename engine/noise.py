@@ -60,7 +60,7 @@ class Source:
 
 
 class SeededDropout(nn.Module):
-    """Drops with rate p what is drawn as 1, in training; the rest is scaled by 1 / (1 - p).
+    """In training, sets a part p to zero and scales the rest by 1 / (1 - p); otherwise does nothing.
 
     Args:
         p: the rate, in (0, 1].

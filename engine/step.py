@@ -79,7 +79,7 @@ class Learner:
         self.noise = per_sample(objective)
         self.model = wrap(objective, accelerator, strategy(section.parallel), section.compile)
         self.adamw = adamw(objective, section)  # of the parameters as they are after wrapping
-        self.parameters = [p for group in self.adamw.param_groups for p in group["params"]]
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.ema = Ema(objective, section.ema) if section.ema else None
         self.loss_scale = LossScale(self.device, enabled=section.precision == "fp16")
         self.loss_weights = torch.tensor(objective.loss_weights, device=self.device)
@@ -131,13 +131,14 @@ class Learner:
         """Clip, step the optimizer at this step's learning rate, clear.
 
         Where a loss or the norm is no number, and ever after, the optimizer's own flag keeps weights and moments as
-        they are. With fp16 a norm that overflows is no fault: the step is skipped, and the loss scaled less from then.
+        they are. With fp16 a norm that overflows is no fault while the loss is scaled up: the step is skipped, and the
+        loss scaled less from then.
         """
         limit = self.section.clip_grad or math.inf
         self.loss_scale.unscale_([p.grad for p in self.parameters if p.grad is not None])
         norm = whole(clip_grad_norm_(self.parameters, limit))
         overflowed = ~norm.isfinite()
-        self.broken = self.broken | bad | (overflowed & (not self.loss_scale.enabled))
+        self.broken = self.broken | bad | (overflowed & (self.loss_scale.scale <= 1))
         self.adamw.found_inf = (self.broken | overflowed).float()
         set_lr(self.adamw, self.lr(step))
         self.adamw.step()
@@ -145,7 +146,7 @@ class Learner:
         self.loss_scale.update(overflowed)
         if self.ema:
             self.ema.update(step)
-        return Outcome(losses, norm, norm > limit, overflowed)
+        return Outcome(losses, norm, (norm > limit) & ~overflowed, overflowed)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from accelerate import Accelerator
@@ -25,6 +25,7 @@ from ..engine.loop import Trainer
 from ..engine.objective import Objective
 from ..engine.parallel import Twin, needs_twin
 from ..engine.run import Run, open_run
+from ..engine.trackers import require_installed, shareable
 from .build import Learner, build_objective, build_views, encoder_card
 from .config import PretrainConfig
 from .encoder import EncoderCard, encoder_digest, save_encoder
@@ -45,6 +46,7 @@ def pretrain(config: str, arguments: Sequence[str] = (), *, dry_run: bool = Fals
         RunFailed: the loss became infinite or not a number, memory ran out, or the disk is full.
     """
     settings = load(PretrainConfig, config, arguments)
+    require_installed(settings.train.trackers)
     accelerator = make_accelerator(settings.train.deterministic)
     if settings.objective == "moco_v3":
         refuse_accumulation(settings.train, accelerator.num_processes)
@@ -57,9 +59,8 @@ def pretrain(config: str, arguments: Sequence[str] = (), *, dry_run: bool = Fals
     run = Run(Path(settings.out), "pretrain")
     twin = Twin(objective, accelerator, needed=needs_twin(settings.train, accelerator))
     monitors = Monitors(settings, cast(Objective, twin.model), stream.dataset, run)
-    trainer = Trainer(
-        run, objective, stream, settings.train, settings.seed, accelerator, monitors, twin, told(settings)
-    )
+    told = shareable(settings.model_dump())
+    trainer = Trainer(run, objective, stream, settings.train, settings.seed, accelerator, monitors, twin, told)
     if accelerator.is_main_process:
         # The first thing written: all that can be refused has been.
         open_run(settings, settings.out, "pretrain", inputs(settings, shards), writes=not dry_run)
@@ -100,11 +101,6 @@ def advising(settings: PretrainConfig, accelerator: Accelerator) -> Iterator[Non
     except OutOfMemory as error:
         print(f"miram: {error}; counting what would fit …", file=sys.stderr, flush=True)
         raise RunFailed(f"{error}; {advice(settings, accelerator)}") from error
-
-
-def told(settings: PretrainConfig) -> Mapping[str, Any]:
-    """What trackers, some of which are on the network, are told of the configuration: no path, no name of a file."""
-    return settings.model_dump(include={"seed", "objective", "model", "train", "moco", "crop"})
 
 
 def inputs(settings: PretrainConfig, shards: ShardDataset) -> Mapping[str, str]:

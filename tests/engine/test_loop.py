@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from miram.engine import checkpoint as checkpoints
+from miram.engine import restore
 from miram.engine.errors import Preempted, RunFailed, UserError
 from miram.engine.launch import make_accelerator
 from miram.engine.loop import Trainer
@@ -334,7 +335,7 @@ def test_signal_stops_after_the_step_with_a_checkpoint_of_it(tmp_path: Path, num
     assert signal.getsignal(number) == handler
     found, skipped = checkpoints.newest(tmp_path / "run" / "checkpoints")
     assert found is not None
-    assert checkpoints.read_state(found)["step"] == 5
+    assert restore.read_state(found)["step"] == 5
     assert skipped == []
     resumed = fit(tmp_path / "run", micro_batch=4)
     assert torch.equal(weights(resumed), weights(whole))
@@ -377,7 +378,7 @@ def test_broken_loss_or_gradient_fails_and_reaches_no_file(
     for path in saved:
         assert checkpoints.verify(path) is None
         for part in ("model", "optimizer"):
-            assert all(tensor.isfinite().all() for tensor in checkpoints.load_tensors(path, part).values())
+            assert all(tensor.isfinite().all() for tensor in restore.load_tensors(path, part).values())
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
 

@@ -30,7 +30,7 @@ def fresh_accelerate() -> None:
 
 
 SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
-TIMES = ("images_per_s", "peak_memory_bytes")
+TIMES = ("images_per_s", "data_wait", "peak_memory_bytes")
 
 
 def losses(run: Path) -> list[dict[str, float]]:
