@@ -150,7 +150,7 @@ def flops_of(bench: Bench) -> int:
 def speed(bench: Bench) -> dict[str, list[Line]]:
     """Every variant to its end, a row each."""
     flops = flops_of(bench)
-    say(f"\n{flops / 1e9:.1f} model GFLOP an image and step")
+    say(f"\n{flops / 1e9:.3g} model GFLOP an image and step")
     say(f"{'':20s} {'images/s':>9s} {'utilised':>9s} {'waiting':>8s} {'peak GB':>8s} {'last loss':>10s}")
     runs: dict[str, list[Line]] = {}
     for name, settings in VARIANTS.items():

@@ -122,8 +122,8 @@ class Checkpoints:
 
     def _start(self, step: int, streams: Mapping[str, Stream], state: Mapping[str, Any]) -> None:
         path = self.folder / f"step-{step:08d}"
-        if verify(path) is None:
-            return  # a step has one state, and this is it: not to be put at risk
+        if verify(path) is None:  # a step has one state, and this is it: not to be put at risk
+            return self._prune(path)
         aliases = {part: stream.aliases for part, stream in streams.items() if stream.aliases}
         text = json_text(LOOP_STATE, {"step": step, **state, "aliases": aliases})
         parts = {part: Part(stream.forms, stream) for part, stream in streams.items()}
@@ -144,8 +144,7 @@ class Checkpoints:
             with suppress(OSError):
                 self._clear(path, ignore_errors=True)
             raise RunFailed(self._failed(path, error)) from error
-        with suppress(OSError):  # the checkpoint is whole: what cannot be removed now is tried again next time
-            self._prune(path)
+        self._prune(path)
 
     def _clear(self, path: Path, ignore_errors: bool = False) -> None:
         """Make room: nothing that was begun and not finished is left, and nothing damaged of this step."""
@@ -169,12 +168,13 @@ class Checkpoints:
         Later steps are left alone: a resume skipped them as damaged.
         """
         sound = 0
-        for old in reversed([old for old in checkpoints(self.folder) if step_of(old) <= step_of(path)]):
-            if sound < self.keep_last:
-                sound += self._is_sound(old)
-            elif not (self.keep_every and step_of(old) % self.keep_every == 0):
-                shutil.rmtree(old, ignore_errors=True)
-                self._sound.pop(old.name, None)
+        with suppress(OSError):  # the checkpoint is whole: what cannot be removed now is tried again next time
+            for old in reversed([old for old in checkpoints(self.folder) if step_of(old) <= step_of(path)]):
+                if sound < self.keep_last:
+                    sound += self._is_sound(old)
+                elif not (self.keep_every and step_of(old) % self.keep_every == 0):
+                    shutil.rmtree(old, ignore_errors=True)
+                    self._sound.pop(old.name, None)
 
     def _is_sound(self, path: Path) -> bool:
         """Verify a checkpoint, unless its files are those that were written or verified before."""

@@ -156,12 +156,14 @@ class Trainer:
             RunFailed: a loss or gradient is no number; the weights are those of the step before it.
         """
         self.watchdog.at("waiting for the device", self.step)
-        told = self.learner.bulletin.read(waiting)
+        alone = self.world == 1 and bool(self.signals.received)  # with nobody to agree with
+        told = self.learner.bulletin.read(waiting or alone)
         if told.stop or told.save:
             told |= self.learner.bulletin.read(waiting=True)  # what is saved has to be sound
-        self.stopping = told.stop or self.told_alone
+        self.stopping = told.stop or alone
         self.saving = told.save or self.stopping or self.due(self.section.checkpoint_every)
         if told.broken:
+            self.checkpoints.wait()
             raise RunFailed(
                 f"{self.learner.culprits.named(self.accelerator)}; nothing was learnt from it, and {self.kept}. "
                 "Try a lower train.blr, a longer train.warmup_steps, train.clip_grad=1 or train.precision=fp32"
@@ -214,12 +216,7 @@ class Trainer:
         """Whether the host waits for the device in this step anyway; the same on all ranks."""
         section = self.section
         looking = self.monitor is not None and self.due(self.monitor.every)
-        return looking or self.due(section.log_every) or self.due(section.checkpoint_every) or self.told_alone
-
-    @property
-    def told_alone(self) -> bool:
-        """Whether the only rank was told to stop."""
-        return self.world == 1 and bool(self.signals.received)
+        return looking or self.due(section.log_every) or self.due(section.checkpoint_every)
 
     @property
     def save_by_now(self) -> bool:

@@ -94,7 +94,7 @@ class Learner:
             stop: this rank was told to stop; goes on the bulletin.
             save: it finds that it is time for a checkpoint.
         """
-        torch.manual_seed(stable_seed(self.seed, "step", step, self.rank) % 2**63)
+        torch.manual_seed(stable_seed(self.seed, "step", step) % 2**63)
         self.objective.begin_step(step, self.steps)
         counts = self.count(batches)
         shares = torch.stack([self.backward(step, i, batch, counts) for i, batch in enumerate(batches)])

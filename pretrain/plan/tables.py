@@ -83,7 +83,7 @@ def memory_rows(plan: Plan) -> list[list[str]]:
         "averages (train.ema)": memory.averages,
         "images of a micro-batch": memory.batch,
         "kept for backward": memory.kept,
-        "weights' bf16 copies": memory.copies,
+        "weights in half precision": memory.copies,
         "peak (with what lives shortly)": memory.peak,
     }
     return [[name, f"{size / 1e9:,.2f}"] for name, size in rows.items()]

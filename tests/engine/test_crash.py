@@ -436,7 +436,7 @@ def test_every_state_a_save_can_leave_behind_holds_a_good_checkpoint(saved: Save
                 assert newest(scratch / "checkpoints")[0] == scratch / "checkpoints" / "step-00000007"
                 assert not list((scratch / "checkpoints").glob(".*"))
         shutil.rmtree(scratch)
-    assert len(found_in["seen"]) > 20
+    assert len(found_in["seen"]) > 15
     for steps in found_in.values():  # once the new one is there, it stays
         assert steps[0] == saved.old
         assert steps[-1] == NEW
