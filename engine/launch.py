@@ -81,5 +81,7 @@ def strategy(parallel: Literal["auto", "ddp", "fsdp2"]) -> Strategy:
     if os.environ.get(FSDP_ASKED, "").lower() not in ("1", "true", "yes"):
         return "ddp"
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("accelerate's file asks for FSDP 1; set fsdp_version: 2 in it, as configs/accelerate/fsdp2.yaml")
+        raise UserError(
+            "accelerate's file asks for FSDP 1; set fsdp_version: 2 in it, as configs/accelerate/fsdp2.yaml"
+        )
     return "fsdp2"

@@ -7,7 +7,7 @@ waits for the device only to write a line, a picture or a checkpoint; what went 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -97,7 +97,7 @@ class Trainer:
                 self.look_and_log()
                 self.save()
                 self.leave()
-            self.checkpoints.wait()
+            self.together(self.checkpoints.wait)
             self.twin.follow(self.objective, self.learner.averages)
 
     def rehearse(self) -> dict[str, float]:
@@ -163,7 +163,7 @@ class Trainer:
         self.stopping = told.stop or alone
         self.saving = told.save or self.stopping or self.due(self.section.checkpoint_every)
         if told.broken:
-            self.checkpoints.wait()
+            self.together(self.checkpoints.wait)
             raise RunFailed(
                 f"{self.learner.culprits.named(self.accelerator)}; nothing was learnt from it, and {self.kept}. "
                 "Try a lower train.blr, a longer train.warmup_steps, train.clip_grad=1 or train.precision=fp32"
@@ -184,14 +184,22 @@ class Trainer:
         if not self.saving:
             return
         self.watchdog.at("saving", self.step)
+        self.together(lambda: self.checkpoints.save(self.step, self.parts(), self.state()))
+        self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def together(self, write: Callable[[], None]) -> None:
+        """Write, which fails on the main process alone, and fail on all ranks if it does.
+
+        Raises:
+            RunFailed: it did.
+        """
         failure = None
         try:
-            self.checkpoints.save(self.step, self.parts(), self.state())
+            write()
         except RunFailed as error:
             failure = error
         if self.learner.over_ranks(self.learner.flag(failure is not None)).item():
             raise failure or RunFailed("rank 0 could not write a checkpoint and says why; the one before it is whole")
-        self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def leave(self) -> None:
         """Stop here if any rank was told to.
@@ -200,7 +208,7 @@ class Trainer:
             Preempted: it was; the checkpoint is on disk.
         """
         if self.stopping and self.step < self.steps:
-            self.checkpoints.wait()
+            self.together(self.checkpoints.wait)
             raise Preempted(
                 f"stopped on a signal after step {self.step} of {self.steps}; run the same command to go on"
             )
@@ -245,14 +253,14 @@ class Trainer:
             self.accelerator.wait_for_everyone()
         return looked
 
-    def log(self, looked: Mapping[str, float]) -> None:
+    def log(self, looked: dict[str, float]) -> None:
         """Tell everyone who listens."""
         line = self.line(looked)
         self.metrics.append(line)
         self.trackers.log(line)
         self.tracker.show(line)
 
-    def line(self, looked: Mapping[str, float]) -> dict[str, float]:
+    def line(self, looked: dict[str, float]) -> dict[str, float]:
         """Means over the steps since the last line, and what a monitor saw."""
         epoch = round(self.step / self.stream.batches_per_epoch, 4)
         line = {"step": self.step, "epoch": epoch, "samples": self.step * self.section.batch_size}

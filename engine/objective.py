@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-Batch = dict[str, Any]
+Batch = Mapping[str, Any]
 
 
 class Objective(nn.Module):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -139,7 +139,7 @@ class Learner:
         norm = whole(clip_grad_norm_(self.parameters, limit))
         overflowed = ~norm.isfinite()
         self.broken = self.broken | bad | (overflowed & (self.loss_scale.scale <= 1))
-        self.adamw.found_inf = (self.broken | overflowed).float()
+        cast(Any, self.adamw).found_inf = (self.broken | overflowed).float()
         set_lr(self.adamw, self.lr(step))
         self.adamw.step()
         self.adamw.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil  # type: ignore[import-untyped, unused-ignore]
 import torch
 from accelerate import Accelerator
 
@@ -27,8 +28,14 @@ def rehearse(settings: PretrainConfig, trainer: Trainer) -> None:
 
 def figures(line: dict[str, float]) -> str:
     """The step in a few figures; the first step of a process is its slowest."""
-    said = [f"loss {line['loss']:.4f}", f"gradient norm {line['grad_norm']:.3g}", f"{line['images_per_s']:.1f} images/s"]
-    return ", ".join([*said, f"{line['data_wait']:.0%} waiting for data", f"peak {line['peak_memory_bytes'] / 1e9:.2f} GB"])
+    said = [
+        f"loss {line['loss']:.4f}",
+        f"gradient norm {line['grad_norm']:.3g}",
+        f"{line['images_per_s']:.1f} images/s",
+    ]
+    return ", ".join(
+        [*said, f"{line['data_wait']:.0%} waiting for data", f"peak {line['peak_memory_bytes'] / 1e9:.2f} GB"]
+    )
 
 
 def advice(settings: PretrainConfig, accelerator: Accelerator) -> str:
@@ -49,6 +56,4 @@ def memory_of(device: torch.device) -> int:
     """Bytes of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    import psutil  # comes with accelerate
-
     return int(psutil.virtual_memory().total)

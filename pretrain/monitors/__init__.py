@@ -25,8 +25,8 @@ from ...data.stream import DAMAGED, FAULT, ViewDataset, collate
 from ...engine.errors import UserError
 from ...engine.files import write_atomic
 from ...engine.objective import Batch, Objective
-from ...engine.step import OnDevice
 from ...engine.run import Run
+from ...engine.step import OnDevice
 from ..config import PretrainConfig
 from ..miram import Miram
 from .album import Album, spread

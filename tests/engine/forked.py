@@ -1,7 +1,8 @@
 """The pretraining stage in forked processes, spoilt or killed at a chosen place, and what it left compared.
 
 A run goes to FOLDER/run, and is given as `run`: nothing in it depends on where the folder is. FOLDER/keys-<rank>.txt
-holds `step micro-batch keys …` for each micro-batch that a rank took, from all starts.
+holds `step place keys …` for each micro-batch that a rank took, from all starts: `place` of its first sample in the
+global batch.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def noting(taking: Taking) -> None:
             for i, batch in enumerate(inner):
                 step, micro = start + i // accumulation, i % accumulation
                 taking(step, micro, rank, batch)
-                notes.write(f"{step} {micro} {' '.join(batch['key'])}\n")
+                place = (rank * accumulation + micro) * micro_batch
+                notes.write(f"{step} {place} {' '.join(batch['key'])}\n")
                 yield batch
 
     EpochStream.batches = batches  # type: ignore[method-assign]
@@ -150,17 +152,14 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def order(folder: Path) -> dict[int, list[str]]:
-    """Samples of every global batch in the order of the batch; a micro-batch taken twice was the same both times."""
-    taken: dict[tuple[int, int, int], list[str]] = {}
-    for path in sorted(folder.glob("keys-*.txt")):
+    """Samples of every global batch, in its order. What several starts took was the same each time."""
+    taken: dict[tuple[int, int], str] = {}
+    for path in folder.glob("keys-*.txt"):
         for line in path.read_text().splitlines():
-            step, micro, *keys = line.split()
-            place = (int(step), int(path.stem.removeprefix("keys-")), int(micro))
-            assert taken.setdefault(place, keys) == keys, place
-    batches: dict[int, list[str]] = {}
-    for (step, _, _), keys in sorted(taken.items()):
-        batches.setdefault(step, []).extend(keys)
-    return batches
+            step, place, *keys = line.split()
+            for i, key in enumerate(keys, int(place)):
+                assert taken.setdefault((int(step), i), key) == key, (step, i)
+    return {step: [taken[at] for at in sorted(taken) if at[0] == step] for step, _ in sorted(taken)}
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -132,7 +132,8 @@ def expected_lr(step: int) -> float:
 def losses(folder: Path) -> list[dict[str, float]]:
     """The lines of the log without what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait", "peak_memory_bytes")} for line in lines]
+    clock = ("images_per_s", "data_wait", "peak_memory_bytes")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------- learning

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from miram.engine.checkpoint import verify
+from miram.engine.config import keys
 from miram.engine.errors import UserError, exit_code
-from miram.engine.run import read_metrics
+from miram.engine.run import FREE, read_metrics
+from miram.pretrain.config import PretrainConfig
 from miram.pretrain.stage import pretrain
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -226,3 +229,8 @@ def test_started_by_file_name_it_says_how_to_start(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, root / name], capture_output=True, text=True, cwd=tmp_path)
         assert "python -m miram" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_every_key_that_may_change_exists() -> None:
+    known = [key.replace(".0.", ".1.") for key, *_ in keys(PretrainConfig)]
+    assert [free for free in FREE if not any(fnmatchcase(key, free) for key in known)] == []
