@@ -82,6 +82,6 @@ def strategy(parallel: Literal["auto", "ddp", "fsdp2"]) -> Strategy:
         return "ddp"
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
-            "accelerate's file asks for FSDP 1; set fsdp_version: 2 in it, as configs/accelerate/fsdp2.yaml"
+            "accelerate's file asks for FSDP 1; set fsdp_version: 2 in it, as in configs/accelerate/fsdp2.yaml"
         )
     return "fsdp2"

@@ -28,14 +28,9 @@ def rehearse(settings: PretrainConfig, trainer: Trainer) -> None:
 
 def figures(line: dict[str, float]) -> str:
     """The step in a few figures; the first step of a process is its slowest."""
-    said = [
-        f"loss {line['loss']:.4f}",
-        f"gradient norm {line['grad_norm']:.3g}",
-        f"{line['images_per_s']:.1f} images/s",
-    ]
-    return ", ".join(
-        [*said, f"{line['data_wait']:.0%} waiting for data", f"peak {line['peak_memory_bytes'] / 1e9:.2f} GB"]
-    )
+    learnt = f"loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}"
+    speed = f"{line['images_per_s']:.1f} images/s, {line['data_wait']:.0%} waiting for data"
+    return f"{learnt}, {speed}, peak {line['peak_memory_bytes'] / 1e9:.2f} GB"
 
 
 def advice(settings: PretrainConfig, accelerator: Accelerator) -> str:

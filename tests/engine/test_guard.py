@@ -79,10 +79,10 @@ def test_a_gradient_that_breaks_without_its_loss_is_no_samples_fault() -> None:
 
 
 def test_an_allocation_that_fails_is_told_in_one_sentence() -> None:
-    with pytest.raises(OutOfMemory, match="^out of memory: 3 images$") as failure:
-        with telling_of_memory(lambda: "3 images"):
-            torch.empty(2**50, dtype=torch.float64)
-    assert isinstance(failure.value, RunFailed)
+    with pytest.raises(RunFailed) as failure, telling_of_memory(lambda: "3 images"):
+        torch.empty(2**50, dtype=torch.float64)
+    assert isinstance(failure.value, OutOfMemory)
+    assert str(failure.value) == "out of memory: 3 images"
     with pytest.raises(OutOfMemory), telling_of_memory(lambda: ""):
         raise torch.OutOfMemoryError
     with pytest.raises(RuntimeError, match="size"), telling_of_memory(lambda: ""):

@@ -297,9 +297,17 @@ def test_peak_grows_with_the_micro_batch_and_accumulating_holds_the_gradients():
     assert peaks[:-1] == sorted(peaks[:-1])
     slope = (peaks[62] - peaks[31]) / 31
     assert cost.held.total() < slope < 1.5 * cost.held.total()  # what is kept, and what lives shortly
-    assert 0 <= cost.peak(32, 64) - (cost.peak(32, 32) + 32 * cost.inputs) <= cost.trainable
+    assert 0 <= cost.peak(32, 64) - cost.peak(32, 32) <= cost.trainable
     assert cost.largest_micro_batch(peaks[20], 64) == 21
     assert cost.largest_micro_batch(0, 64) == 0
+
+
+def test_an_average_of_the_weights_takes_room_for_itself_and_for_a_model_that_has_it():
+    changed = settings(ONE, TWO)
+    with_average = changed.model_copy(update={"train": changed.train.model_copy(update={"ema": 0.99})})
+    cost, averaged = base(), cost_of(with_average)
+    assert averaged.averages == cost.weights + cost.trainable
+    assert averaged.peak(8, 8) - cost.peak(8, 8) == averaged.averages
 
 
 # ---------------------------------------------------------------------------------------------- other attentions
