@@ -28,29 +28,8 @@ from torch import Tensor
 
 from .errors import RunFailed, UserError
 from .files import json_text, make_folder, read_json, sha256, sync_folder, write_atomic, write_json
-from .restore import (
-    LOOP_STATE,
-    bare,
-    load_into,
-    load_model,
-    load_optimizer,
-    load_tensors,
-    optimizer_tensors,
-    read_state,
-)
+from .restore import LOOP_STATE, bare
 from .tensors import Form, Stream, write_tensors
-
-__all__ = [
-    "Checkpoints",
-    "load_into",
-    "load_model",
-    "load_optimizer",
-    "load_tensors",
-    "newest",
-    "optimizer_tensors",
-    "read_state",
-    "verify",
-]
 
 MANIFEST = "miram.checkpoint/1"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -23,18 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from miram.engine import checkpoint as checkpoints
-from miram.engine.checkpoint import (
-    Checkpoints,
-    load_into,
-    load_model,
-    load_optimizer,
-    load_tensors,
-    newest,
-    optimizer_tensors,
-    read_state,
-    verify,
-)
+from miram.engine.checkpoint import Checkpoints, newest, verify
 from miram.engine.errors import RunFailed, UserError
+from miram.engine.restore import load_into, load_model, load_optimizer, load_tensors, optimizer_tensors, read_state
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")
 Parts = dict[str, dict[str, Tensor]]

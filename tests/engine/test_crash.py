@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from miram.engine import checkpoint, files, tensors
-from miram.engine.checkpoint import Checkpoints, load_tensors, newest, read_state
+from miram.engine.checkpoint import Checkpoints, newest
+from miram.engine.restore import load_tensors, read_state
 
 PARTS = ("model", "optimizer", "rng")
 Operation = tuple[Any, ...]

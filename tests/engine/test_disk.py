@@ -19,8 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from miram.engine.checkpoint import Checkpoints, load_tensors, newest, read_state
+from miram.engine.checkpoint import Checkpoints, newest
 from miram.engine.errors import RunFailed
+from miram.engine.restore import load_tensors, read_state
 
 fork = multiprocessing.get_context("fork")
 Parts = dict[str, dict[str, Tensor]]
