@@ -5,7 +5,7 @@
 # to work. --ranks: the most to be timed (default: all GPUs; 2 with --cpu). --out keeps the runs. Prints PASS or FAIL a
 # line, figures with it, and leaves with 1 if anything failed. All that is compared is fp32; speed is measured in bf16.
 set -uo pipefail
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # the latter for --max-restarts, see docs/cluster.md
 CPU="" RANKS="" OUT=""
 while [ $# -gt 0 ]; do
     case $1 in

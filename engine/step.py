@@ -179,15 +179,17 @@ class Learner:
         return self.ema.tensors if self.ema else {}
 
 
-class OnDevice(Mapping[str, Any]):
-    """A batch whose tensors go to the device when they are asked for: counting needs few of them."""
+class OnDevice(Mapping[str, Tensor]):
+    """The tensors of a batch, which go to the device when they are asked for: counting needs few of them.
+
+    Names of samples stay out: a compiled model would be compiled anew for each.
+    """
 
     def __init__(self, batch: Batch, device: torch.device):
-        self.batch, self.device = batch, device
+        self.batch, self.device = {name: x for name, x in batch.items() if isinstance(x, Tensor)}, device
 
-    def __getitem__(self, name: str) -> Any:
-        value = self.batch[name]
-        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+    def __getitem__(self, name: str) -> Tensor:
+        return self.batch[name].to(self.device, non_blocking=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.batch)

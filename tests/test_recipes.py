@@ -168,7 +168,9 @@ def ranks(arguments: list[str], *flags: str) -> subprocess.Popen[bytes]:
     """Two ranks under torchrun."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
     command = [*launch, "-m", "miram.pretrain", "pretrain/demo", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Else ranks started anew find the addresses of the dead in torchrun's store, and wait for them (docs/cluster.md).
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
 
 
 def process_of_rank(agent: int, rank: int) -> int:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from itertools import count
 from math import cos, pi
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from miram.engine import checkpoint as checkpoints
 from miram.engine import restore
@@ -448,3 +450,18 @@ def test_a_batch_in_which_nothing_counts_is_no_reason_to_stop(tmp_path: Path) ->
     lines = losses(tmp_path)
     assert lines[3]["loss/some"] == 0
     assert lines[3]["loss/all"] > 0
+
+
+def test_a_compiled_model_is_compiled_once_and_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of samples, which change from batch to batch, must not reach the compiler."""
+
+    def name(step: int, part: int, batch: Batch) -> None:
+        batch["key"] = [f"{step}-{part}"]
+
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = partialmethod(nn.Module.compile, backend=backend)
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    found = fit(tmp_path / "compiled", Line(dropout=0.5), Rows(name), compile=True, micro_batch=4)
+    assert backend.frame_count == 1
+    plain = fit(tmp_path / "plain", Line(dropout=0.5), Rows(name), micro_batch=4)
+    assert (weights(found) - weights(plain)).abs().max() < 1e-6

@@ -49,7 +49,7 @@ def cut(folder: Path, place: str, arguments: list[str], world: int) -> None:
         ended = start(folder, arguments, world=world, spoil=writing("optimizer", step, kill))
         assert ended[0] is None
         torn = folder / f"run/checkpoints/.step-{step:08d}/optimizer.safetensors"
-        assert 0 < torn.stat().st_size
+        assert torn.stat().st_size > 0
     assert all(getattr(end, "code", 1) != 0 for end in ended)
     assert '"running"' in (folder / "run/state.json").read_text() or world > 1
 
@@ -114,7 +114,8 @@ def like(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "workers"), [(1, 2), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)]
+    ("world", "workers"),
+    [(1, 2), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
 )
 def test_a_killed_fp16_run_goes_on_at_the_same_loss_scale(
     world: int, workers: int, full: list[str], tmp_path: Path
@@ -143,9 +144,7 @@ def test_a_killed_fp16_run_goes_on_at_the_same_loss_scale(
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_a_killed_moco_v3_run_ends_in_the_same_bytes(
-    world: int, workers: int, tiny: list[str], tmp_path: Path
-) -> None:
+def test_a_killed_moco_v3_run_ends_in_the_same_bytes(world: int, workers: int, tiny: list[str], tmp_path: Path) -> None:
     """Batch norm's statistics and the slow copy are part of where it stands."""
     arguments = [*tiny, *(option for option in FULL if "scales" not in option and "tissue" not in option)]
     arguments += ["--objective=moco_v3", "--moco.hidden=32", "--moco.dim=8", f"--data.workers={workers}"]
@@ -181,7 +180,8 @@ def assert_close(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)]
+    ("before", "after"),
+    [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)],
 )
 def test_on_another_number_of_ranks_a_run_goes_on_with_the_same_batches(
     before: int, after: int, calm: dict[int, Path], full: list[str], tmp_path: Path
@@ -195,14 +195,21 @@ def test_on_another_number_of_ranks_a_run_goes_on_with_the_same_batches(
 
 
 TISSUE = ["--model.tissue_loss=1", "--model.scales.0.loss_on=masked", "--model.scales.1.loss_on=masked"]
-TILES = [*TISSUE, "--model.image_size=64", "--model.scales.1.decode_fraction=0.5", "--model.scales.1.options={num_landmarks: 4}"]
+TILES = [
+    *TISSUE,
+    "--model.image_size=64",
+    "--model.scales.1.decode_fraction=0.5",
+    "--model.scales.1.options={num_landmarks: 4}",
+]
 WAYS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 1)]
 
 
 @pytest.mark.parametrize(
     ("loss", "world", "micro_batch"),
     [
-        pytest.param(loss, *way, marks=() if (loss, way) in [("tissue", (1, 1)), ("tiles", (2, 1))] else pytest.mark.slow)
+        pytest.param(
+            loss, *way, marks=() if (loss, way) in [("tissue", (1, 1)), ("tiles", (2, 1))] else pytest.mark.slow
+        )
         for loss in ("tissue", "tiles")
         for way in WAYS
     ],
@@ -219,7 +226,9 @@ def test_every_way_of_cutting_a_batch_gives_the_same_losses(
     assert_close(tmp_path, whole)
 
 
-def test_a_batch_that_does_not_divide_among_ranks_is_refused_and_leaves_nothing(full: list[str], tmp_path: Path) -> None:
+def test_a_batch_that_does_not_divide_among_ranks_is_refused_and_leaves_nothing(
+    full: list[str], tmp_path: Path
+) -> None:
     for world, option in ((2, "--train.batch_size=9"), (2, "--train.micro_batch=8"), (1, "--train.micro_batch=3")):
         ended = start(tmp_path, [*full, option], world=world)
         assert [end.code for end in ended] == [2] * world

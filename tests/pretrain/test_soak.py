@@ -94,7 +94,7 @@ NOISY = "--model.encoder_options={depth: 2, embed_dim: 32, num_heads: 2, drop_pa
 def test_fifty_kills_of_fifty_are_survived(tiny: list[str], tmp_path: Path) -> None:
     saves = soak(tmp_path, [*tiny, *QUICK, NOISY, "--train.checkpoint_every=2", "--train.steps=300"], 50)
     assert saves >= 3
-    print('SAVES', saves)
+    print("SAVES", saves)
 
 
 def test_kills_while_a_thread_writes_are_survived(tiny: list[str], tmp_path: Path) -> None:
