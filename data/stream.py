@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..engine.errors import UserError
-from ..engine.guard import ignore_stop_signals
 from ..engine.seeding import generator
+from ..engine.signals import ignore_stop_signals
 from .resample import keep_freed_memory
 from .shards import Sample, ShardDataset
 from .store.local import Outage

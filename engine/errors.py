@@ -45,6 +45,9 @@ def exit_code(run: Callable[[], object]) -> int:
     except Preempted as stop:
         print(f"miram: {one_line(str(stop))}", file=sys.stderr)
         return PREEMPTED
+    except KeyboardInterrupt:
+        print("miram: interrupted; what was saved before is kept", file=sys.stderr)
+        return FAILED
     except RunFailed as failure:
         print(f"miram: {one_line(str(failure))}", file=sys.stderr)
         return FAILED

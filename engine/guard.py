@@ -1,15 +1,12 @@
-"""Stopping well: a signal becomes a checkpoint, a loss that is no number or memory that runs out a clear end."""
+"""Stopping well: ranks agree on it, and a loss that is no number or memory that runs out becomes a clear end."""
 
 from __future__ import annotations
 
 import math
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,33 +16,6 @@ from torch import Tensor
 from .errors import RunFailed
 
 FEW = 16  # samples that a sentence can name
-
-
-class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C; the loop asks at step boundaries. A second Ctrl-C ends the process."""
-
-    CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received = ""
-
-    def __enter__(self) -> StopSignals:
-        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._note) for s in self.CAUGHT}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def ignore_stop_signals(_: int) -> None:
-    """For data workers: the group's signal is for the loop, which still needs them to finish its step."""
-    for number in StopSignals.CAUGHT:
-        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------- what ranks agree on

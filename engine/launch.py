@@ -15,6 +15,7 @@ Those we own: data/stream.py, schedule.py, checkpoint.py, parallel.py, loss_scal
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -49,6 +50,7 @@ def make_accelerator(deterministic: bool = False) -> Accelerator:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
         torch.use_deterministic_algorithms(True)
+    warn_of_stale_store()
     with hidden(FSDP_ASKED):
         accelerator = Accelerator(mixed_precision="no", cpu=device().type == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -57,6 +59,14 @@ def make_accelerator(deterministic: bool = False) -> Accelerator:
             f"the launcher set WORLD_SIZE={launched}, but {accelerator.num_processes} ranks came up; check its settings"
         )
     return accelerator
+
+
+def warn_of_stale_store() -> None:
+    """Ranks that torchrun starts again may look for dead ones in its store, and hang (torch 2.15, pytorch #135712)."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("RANK") == "0":
+        said = "torchrun started its ranks again; if they hang now, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it"
+        print(f"miram: {said}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from . import checkpoint as checkpoints
 from . import restore
 from .circumstances import Circumstances
 from .errors import Preempted, RunFailed
-from .guard import StopSignals, telling_of_memory
+from .guard import telling_of_memory
 from .objective import Batch, Monitor, Objective, Stream
 from .parallel import Twin
 from .profile import Profile
 from .recipe import TrainSection
 from .run import MetricsFile, Run
+from .signals import StopSignals
 from .step import Learner
 from .track import Tracker
 from .trackers import start_trackers
@@ -44,6 +45,7 @@ class Trainer:
         monitor: looks at `twin.model` while it trains.
         twin: made of the objective before it came here; None: it is looked at itself.
         told: settings that trackers are told at the start.
+        signals: what was noted while the run started.
     """
 
     def __init__(
@@ -57,21 +59,19 @@ class Trainer:
         monitor: Monitor | None = None,
         twin: Twin | None = None,
         told: Mapping[str, Any] | None = None,
+        signals: StopSignals | None = None,
     ):
         self.run, self.objective, self.stream, self.section = run, objective, stream, section
         self.accelerator, self.monitor, self.told = accelerator, monitor, told or {}
-        self.world, self.rank, self.main = (
-            accelerator.num_processes,
-            accelerator.process_index,
-            accelerator.is_main_process,
-        )
+        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.main = accelerator.is_main_process
         self.steps, warmup_steps = lengths(section, stream.batches_per_epoch)
         self.twin = twin or Twin(objective, accelerator, needed=False)
         self.learner = Learner(objective, section, self.steps, warmup_steps, seed, accelerator)
         self.step = self.saved_step = 0
         self.saved_at = time.monotonic()
         self.window = Window(len(objective.loss_names), accelerator.device)
-        self.signals = StopSignals()
+        self.signals = signals or StopSignals()
         self.watchdog = Watchdog(run.folder, self.rank, self.world, section.stall_seconds)
         self.circumstances = Circumstances.here(accelerator, self.learner.micro_batch)
         self.checkpoints = checkpoints.Checkpoints(
@@ -126,7 +126,7 @@ class Trainer:
             self.metrics = stack.enter_context(MetricsFile(folder / "metrics.jsonl", self.step, self.main))
             self.trackers = start_trackers(section.trackers, folder, "miram", self.told, self.main, self.step)
             stack.enter_context(closing(self.trackers))
-            for part in (self.tracker, self.watchdog, self.signals, telling_of_memory(self.burden)):
+            for part in (self.tracker, self.watchdog, self.signals.training(), telling_of_memory(self.burden)):
                 stack.enter_context(part)
             stack.enter_context(closing(self.profile))
             # Closed before anything else ends: the stream's workers ignore the signals that would end them later.

@@ -11,6 +11,7 @@ if not __package__:
 
 from ..engine.command import run_stage
 from ..engine.errors import exit_code
+from ..engine.signals import StopSignals
 
 ABOUT = (
     "Trains an encoder on shards. The same command goes on with an unfinished run, also on another number of ranks.",
@@ -21,12 +22,13 @@ ABOUT = (
 
 def start(command: str, arguments: Sequence[str]) -> None:
     """Read the command line and train."""
-    from .config import PretrainConfig
-    from .stage import pretrain
+    with StopSignals() as signals:
+        from .config import PretrainConfig
+        from .stage import pretrain
 
-    rest = [argument for argument in arguments if argument != "--dry-run"]
-    stage = partial(pretrain, dry_run=len(rest) < len(arguments))
-    run_stage(command, PretrainConfig, stage, rest, ABOUT)
+        rest = [argument for argument in arguments if argument != "--dry-run"]
+        stage = partial(pretrain, dry_run=len(rest) < len(arguments), signals=signals)
+        run_stage(command, PretrainConfig, stage, rest, ABOUT)
 
 
 def main() -> None:

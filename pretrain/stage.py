@@ -25,6 +25,7 @@ from ..engine.loop import Trainer
 from ..engine.objective import Objective
 from ..engine.parallel import Twin, needs_twin
 from ..engine.run import Run, open_run
+from ..engine.signals import StopSignals
 from ..engine.trackers import require_installed, shareable
 from .build import Learner, build_objective, build_views, encoder_card
 from .config import PretrainConfig
@@ -34,11 +35,14 @@ from .monitors import Monitors
 from .rehearsal import advice, rehearse
 
 
-def pretrain(config: str, arguments: Sequence[str] = (), *, dry_run: bool = False) -> Run:
+def pretrain(
+    config: str, arguments: Sequence[str] = (), *, dry_run: bool = False, signals: StopSignals | None = None
+) -> Run:
     """`miram pretrain CONFIG --a.b=value …`, as the only rank or as one of many.
 
     Args:
         dry_run: build everything, take one step, print what it cost, and leave nothing.
+        signals: those that came before this was called.
 
     Raises:
         UserError: configuration, data or run folder are not usable.
@@ -60,7 +64,7 @@ def pretrain(config: str, arguments: Sequence[str] = (), *, dry_run: bool = Fals
     twin = Twin(objective, accelerator, needed=needs_twin(settings.train, accelerator))
     monitors = Monitors(settings, cast(Objective, twin.model), stream.dataset, run)
     told = shareable(settings.model_dump())
-    trainer = Trainer(run, objective, stream, settings.train, settings.seed, accelerator, monitors, twin, told)
+    trainer = Trainer(run, objective, stream, settings.train, settings.seed, accelerator, monitors, twin, told, signals)
     if accelerator.is_main_process:
         # The first thing written: all that can be refused has been.
         open_run(settings, settings.out, "pretrain", inputs(settings, shards), writes=not dry_run)

@@ -110,7 +110,7 @@ MIRAM = [
     "--model.tissue_loss=0.5",
     "--model.checkpointing=true",
     "--model.scales=[{scale: 1, attention: performer, depth: 1, width: 32, heads: 2, options: {num_features: 16, "
-    "redraw_every: 2}}, {scale: 2, attention: nystrom, depth: 1, width: 16, heads: 2, decode_fraction: 0.5, "
+    "redraw_every: 4}}, {scale: 2, attention: nystrom, depth: 1, width: 16, heads: 2, decode_fraction: 0.5, "
     "upsample: learned, checkpointing: true, options: {num_landmarks: 4}}]",
 ]
 OTHERS = [
@@ -138,10 +138,12 @@ def trained(arguments: list[str], out: Path) -> list[Read]:
 
 
 def quiet(found: list[Read]) -> Counter[Read]:
-    """Those of steps after which nothing is due."""
-    return Counter(read for read in found if read[0] not in LINES)
+    """Those of steps after which nothing is due, less the one look at its seed that Performer may take to draw anew."""
+    return Counter(read for read in found if read[0] not in LINES) - REDRAWN
 
 
+# Every 1000 steps by default, every 4 here.
+REDRAWN = Counter((5, what, "performer.py:begin_step") for what in ("__int__", "aten::_local_scalar_dense"))
 # The flags of the step before, which came to the host while the device worked. The first step has none to read, and a
 # line has read its own.
 ALLOWED = Counter((step, "tolist", "guard.py:read") for step in range(2, STEPS) if not {step, step - 1} & {*LINES})
@@ -165,9 +167,10 @@ def test_nor_does_any_of_two_ranks(tiny: list[str], tmp_path: Path) -> None:
 def test_a_line_is_read_at_once(tiny: list[str], tmp_path: Path) -> None:
     """What a line needs comes to the host in one go, not figure by figure."""
     found = trained([*tiny, *COMMON, *MIRAM], tmp_path)
-    lines = Counter((what, where) for step, what, where in found if step == LINES[0])
-    assert lines[("tolist", "window.py:take")] == 1
-    assert sum(lines.values()) <= 5, lines
+    reads = [(what, where) for step, what, where in found if step == LINES[0] and not what.startswith("aten")]
+    assert reads.count(("tolist", "window.py:take")) == 1
+    assert reads.count(("tolist", "guard.py:read")) == 2  # this step's, and those of the step before
+    assert len(reads) <= 4, reads
 
 
 SINS: dict[str, Callable[[Tensor], object]] = {
@@ -216,4 +219,5 @@ def test_torch_sees_no_wait_for_the_gpu_between_lines(
 
     monkeypatch.setattr(Trainer, "learn", watched)
     AcceleratorState._reset_state(True)
-    pretrain("pretrain/demo", [*tiny, *COMMON, *EVERYTHING[name], f"--out={tmp_path}"])
+    steady = ["--model.scales.0.options={num_features: 16, redraw_every: 0}"] if name.startswith("miram") else []
+    pretrain("pretrain/demo", [*tiny, *COMMON, *EVERYTHING[name], *steady, f"--out={tmp_path}"])

@@ -7,7 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import assert_same_end, files, finish, kill, killed_at, last_checkpoint, metrics, order, start, writing
+from forked import (
+    FREELY,
+    assert_same_end,
+    files,
+    finish,
+    kill,
+    killed_at,
+    last_checkpoint,
+    metrics,
+    order,
+    start,
+    writing,
+)
 from safetensors.torch import load_file
 
 from miram.engine import loss_scale, restore
@@ -94,20 +106,11 @@ def calm(full: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[int,
 def test_a_killed_run_ends_in_the_same_bytes(
     world: int, workers: int, place: str, calm: dict[int, Path], full: list[str], tmp_path: Path
 ) -> None:
-    """Those of a run without workers, too: config.yaml alone names them."""
+    """Those of a run without workers, too."""
     arguments = split(full, world, workers)
     cut(tmp_path, place, arguments, world)
     resumed(tmp_path, place, arguments, world)
-    if workers:
-        like(tmp_path, calm[world])
-    assert_same_end(tmp_path, calm[world])
-
-
-def like(found: Path, expected: Path) -> None:
-    """Take away what a free setting that differs changes: the configuration, and its digest in the encoder's card."""
-    for name in ("config.yaml", "encoder.json"):
-        assert (found / "run" / name).read_bytes() != (expected / "run" / name).read_bytes()
-        (found / "run" / name).write_bytes((expected / "run" / name).read_bytes())
+    assert_same_end(tmp_path, calm[world], but=FREELY)
 
 
 # ---------------------------------------------------------------------------------------------- other objectives, fp16
@@ -160,8 +163,8 @@ def test_a_killed_moco_v3_run_ends_in_the_same_bytes(world: int, workers: int, t
 
 # ---------------------------------------------------------------------------------------------- ranks and micro-batches
 
-LOSSES = 2e-5  # relative; measured at most 2e-6
-WEIGHTS = 1e-3  # of a matrix's norm after ten steps; measured at most 1e-4
+LOSSES = 7e-5  # relative, the norm of the gradient among them; measured at most 7e-6
+WEIGHTS = 2e-5  # of the norm of a matrix after ten steps; measured at most 2e-6
 
 
 def assert_close(found: Path, expected: Path) -> None:

@@ -138,6 +138,28 @@ def test_a_signal_leaves_a_checkpoint_and_exit_code_75(
     assert (out / "encoder.safetensors").read_bytes() == (calm / "encoder.safetensors").read_bytes()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="sees in Linux's /proc when signals are caught")
+def test_a_signal_to_a_run_that_is_still_starting_is_obeyed_after_a_step(tiny: list[str], tmp_path: Path) -> None:
+    """Long before torch is imported."""
+    out = tmp_path / "told"
+    command = [sys.executable, "-m", "miram.pretrain", "pretrain/demo", *tiny, "--train.steps=100000", f"--out={out}"]
+    process = subprocess.Popen(command, env=SINGLE, stderr=subprocess.PIPE, text=True)
+    while not catches(process.pid, signal.SIGTERM):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert json.loads((out / "state.json").read_text())["status"] == "preempted"
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def test_accumulation_changes_rounding_only(calm: Path, tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "accumulated"
     rest = [*tiny, "--train.micro_batch=2", "--train.steps=12", "--train.checkpoint_every=4", f"--out={out}"]
