@@ -232,6 +232,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def ever_finished(folder: Path) -> bool:
+    """Whether a checkpoint was ever whole, as far as can be seen: the first that is begun leaves at most itself."""
+    found = checkpoints(folder)
+    return len(found) > 1 or any((path / "manifest.json").exists() for path in found)
+
+
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:

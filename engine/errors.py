@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -43,7 +44,8 @@ def exit_code(run: Callable[[], object]) -> int:
         print(f"miram: {error.filename or 'writing'}: {error.strerror}; what was finished is kept", file=sys.stderr)
         return FAILED
     except Preempted as stop:
-        print(f"miram: {one_line(str(stop))}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the same on all ranks
+            print(f"miram: {one_line(str(stop))}", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
         print("miram: interrupted; what was saved before is kept", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ FEW = 16  # samples that a sentence can name
 class Agreed:
     """What all ranks know of a step."""
 
-    broken: bool = False  # a loss or the gradient is no number
+    broken: int = 0  # the first step whose loss or gradient is no number
     stop: bool = False  # some rank was told to stop
     save: bool = False  # the main process finds that it is time for a checkpoint
 
@@ -42,9 +41,9 @@ class Bulletin:
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
         self.pages = [torch.zeros(3, pin_memory=self.on_gpu) for _ in range(2)]
-        self.sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def post(self, flags: Tensor) -> None:
+    def post(self, step: int, flags: Tensor) -> None:
         """Send those of a step."""
         page = self.pages.pop(0)
         self.pages.append(page)
@@ -53,16 +52,17 @@ class Bulletin:
         if self.on_gpu:
             event = torch.cuda.Event()
             event.record()
-        self.sent.append((page, event))
+        self.sent.append((step, page, event))
 
     def read(self, waiting: bool) -> Agreed:
         """What was posted the time before last or, `waiting` for the device, last."""
         agreed = Agreed()
         while len(self.sent) > (0 if waiting else 1):
-            page, event = self.sent.popleft()
+            step, page, event = self.sent.popleft()
             if event is not None:
                 event.synchronize()
-            agreed |= Agreed(*(value > 0 for value in page.tolist()))
+            broken, stop, save = (value > 0 for value in page.tolist())
+            agreed |= Agreed(step * broken, stop, save)
         return agreed
 
 
@@ -76,20 +76,19 @@ class Culprits:
         """(M,) flags and the sample keys of a step's M micro-batches; the flags stay on the device."""
         self.steps.append((step, broken, keys))
 
-    def named(self, accelerator: Accelerator) -> str:
-        """A clause about the first broken step, the same on all ranks, which must all ask."""
-        said = gather_object([self._of(accelerator.process_index)])
-        first = min(step for step, _ in said)
-        return "; ".join(dict.fromkeys(clause for step, clause in said if step == first))
+    def named(self, accelerator: Accelerator, step: int) -> str:
+        """A clause about a broken step, the same on all ranks, which must all ask."""
+        said = gather_object([self._of(accelerator.process_index, step)])
+        return "; ".join(filter(None, said)) or (
+            f"the gradient of step {step} is infinite or not a number, though its losses are numbers"
+        )
 
-    def _of(self, rank: int) -> tuple[float, str]:
-        for step, flags, keys in self.steps:
-            if flags.any():
-                bad = [key for flag, batch in zip(flags.tolist(), keys, strict=True) if flag for key in batch]
-                more = f" and {len(bad) - FEW} more" if len(bad) > FEW else ""
-                names = f" of samples {', '.join(bad[:FEW])}{more}" if bad else ""
-                return step, f"on rank {rank} the loss of step {step}{names} is infinite or not a number"
-        return math.inf, f"a gradient became infinite or not a number by step {self.steps[-1][0]}"
+    def _of(self, rank: int, step: int) -> str:
+        _, flags, keys = next(noted for noted in self.steps if noted[0] == step)
+        bad = [key for flag, batch in zip(flags.tolist(), keys, strict=True) if flag for key in batch]
+        more = f" and {len(bad) - FEW} more" if len(bad) > FEW else ""
+        names = f" of samples {', '.join(bad[:FEW])}{more}" if bad else ""
+        return f"on rank {rank} the loss of step {step}{names} is infinite or not a number" if flags.any() else ""
 
 
 # ---------------------------------------------------------------------------------------------- memory

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
-from .errors import UserError
+from .errors import RunFailed, UserError
 
 Strategy = Literal["ddp", "fsdp2"]
 FSDP_ASKED = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` for a file that asks for FSDP
@@ -59,6 +59,25 @@ def make_accelerator(deterministic: bool = False) -> Accelerator:
             f"the launcher set WORLD_SIZE={launched}, but {accelerator.num_processes} ranks came up; check its settings"
         )
     return accelerator
+
+
+def together(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Do something on every rank that may fail on one; where it does, none goes on.
+
+    Raises:
+        UserError, RunFailed: what it raised here, or one of the same kind that points to another rank.
+    """
+    failure: UserError | RunFailed | None = None
+    try:
+        work()
+    except (UserError, RunFailed) as error:
+        failure = error
+    failed = torch.tensor([float(isinstance(failure, kind)) for kind in (UserError, RunFailed)])
+    theirs, broke = accelerator.reduce(failed.to(accelerator.device), "sum").tolist()
+    if failure is not None:
+        raise failure
+    if theirs or broke:
+        raise (UserError if theirs else RunFailed)("another rank cannot go on, and says why")
 
 
 def warn_of_stale_store() -> None:

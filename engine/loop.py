@@ -7,7 +7,7 @@ waits for the device only to write a line, a picture or a checkpoint; what went 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from . import checkpoint as checkpoints
 from . import restore
 from .circumstances import Circumstances
-from .errors import Preempted, RunFailed
+from .errors import Preempted, RunFailed, UserError
 from .guard import telling_of_memory
+from .launch import together
 from .objective import Batch, Monitor, Objective, Stream
 from .parallel import Twin
-from .profile import Profile
+from .profile import Profile, parse_window
 from .recipe import TrainSection
 from .run import MetricsFile, Run
 from .signals import StopSignals
@@ -46,6 +47,9 @@ class Trainer:
         twin: made of the objective before it came here; None: it is looked at itself.
         told: settings that trackers are told at the start.
         signals: what was noted while the run started.
+
+    Raises:
+        UserError: the batch does not divide among ranks, or the profile lies behind the end.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Trainer:
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.main = accelerator.is_main_process
         self.steps, warmup_steps = lengths(section, stream.batches_per_epoch)
+        if section.profile_steps and parse_window(section.profile_steps)[0] > self.steps:
+            raise UserError(f"train.profile_steps={section.profile_steps} begins after the last of {self.steps} steps")
         self.twin = twin or Twin(objective, accelerator, needed=False)
         self.learner = Learner(objective, section, self.steps, warmup_steps, seed, accelerator)
         self.step = self.saved_step = 0
@@ -97,7 +103,7 @@ class Trainer:
                 self.look_and_log()
                 self.save()
                 self.leave()
-            self.together(self.checkpoints.wait)
+            together(self.accelerator, self.checkpoints.wait)
             self.twin.follow(self.objective, self.learner.averages)
 
     def rehearse(self) -> dict[str, float]:
@@ -161,12 +167,13 @@ class Trainer:
         if told.stop or told.save:
             told |= self.learner.bulletin.read(waiting=True)  # what is saved has to be sound
         self.stopping = told.stop or alone
-        self.saving = told.save or self.stopping or self.due(self.section.checkpoint_every)
+        self.saving = told.save or self.stopping or self.saving_due
         if told.broken:
-            self.together(self.checkpoints.wait)
+            together(self.accelerator, self.checkpoints.wait)
             raise RunFailed(
-                f"{self.learner.culprits.named(self.accelerator)}; nothing was learnt from it, and {self.kept}. "
-                "Try a lower train.blr, a longer train.warmup_steps, train.clip_grad=1 or train.precision=fp32"
+                f"{self.learner.culprits.named(self.accelerator, told.broken)}; nothing was learnt from it, and "
+                f"{self.kept}. Start another run (--out) with a lower train.blr, a longer train.warmup_steps or "
+                f"train.clip_grad=1{'' if self.section.precision == 'fp32' else ', or with train.precision=fp32'}"
             )
 
     def look_and_log(self) -> None:
@@ -184,22 +191,8 @@ class Trainer:
         if not self.saving:
             return
         self.watchdog.at("saving", self.step)
-        self.together(lambda: self.checkpoints.save(self.step, self.parts(), self.state()))
+        together(self.accelerator, lambda: self.checkpoints.save(self.step, self.parts(), self.state()))
         self.saved_at, self.saved_step = time.monotonic(), self.step
-
-    def together(self, write: Callable[[], None]) -> None:
-        """Write, which fails on the main process alone, and fail on all ranks if it does.
-
-        Raises:
-            RunFailed: it did.
-        """
-        failure = None
-        try:
-            write()
-        except RunFailed as error:
-            failure = error
-        if self.learner.over_ranks(self.learner.flag(failure is not None)).item():
-            raise failure or RunFailed("rank 0 could not write a checkpoint and says why; the one before it is whole")
 
     def leave(self) -> None:
         """Stop here if any rank was told to.
@@ -208,7 +201,7 @@ class Trainer:
             Preempted: it was; the checkpoint is on disk.
         """
         if self.stopping and self.step < self.steps:
-            self.together(self.checkpoints.wait)
+            together(self.accelerator, self.checkpoints.wait)
             raise Preempted(
                 f"stopped on a signal after step {self.step} of {self.steps}; run the same command to go on"
             )
@@ -222,9 +215,13 @@ class Trainer:
     @property
     def pausing(self) -> bool:
         """Whether the host waits for the device in this step anyway; the same on all ranks."""
-        section = self.section
         looking = self.monitor is not None and self.due(self.monitor.every)
-        return looking or self.due(section.log_every) or self.due(section.checkpoint_every)
+        return looking or self.due(self.section.log_every) or self.saving_due
+
+    @property
+    def saving_due(self) -> bool:
+        """Whether this step has a checkpoint of its own."""
+        return self.due(self.section.checkpoint_every) or self.due(self.section.keep_every)
 
     @property
     def save_by_now(self) -> bool:
@@ -295,15 +292,34 @@ class Trainer:
         }
 
     def resume(self) -> None:
-        """Take up the newest sound checkpoint, if there is one: the main process finds it, all read it."""
-        path, skipped = checkpoints.newest(self.run.checkpoints) if self.main else (None, [])
-        for sentence in skipped:
-            self.accelerator.print(f"miram: {sentence}")
-        found = torch.tensor(float(checkpoints.step_of(path)) if path else 0.0, device=self.accelerator.device)
+        """Take up the newest sound checkpoint, if there is one: the main process finds it, all read it.
+
+        Raises:
+            UserError: there are checkpoints, and none of them is sound.
+        """
+        found = torch.zeros((), device=self.accelerator.device)
+        together(self.accelerator, lambda: found.fill_(self.newest() if self.main else 0))
         step = int(self.learner.over_ranks(found))
         if step:
             self.load(step)
             self.accelerator.print(f"miram: going on from step {self.step} of {self.steps}")
+
+    def newest(self) -> int:
+        """Step of the newest sound checkpoint, 0 if none was ever finished.
+
+        Raises:
+            UserError: some were, and all are damaged: to begin anew would in time remove them.
+        """
+        folder = self.run.checkpoints
+        path, skipped = checkpoints.newest(folder)
+        if path is None and checkpoints.ever_finished(folder):
+            raise UserError(
+                f"no checkpoint in {folder} is sound ({'; '.join(skipped)}); bring one back, or begin anew in another "
+                "--out, or here once that folder is removed"
+            )
+        for sentence in skipped:
+            print(f"miram: {sentence}{'' if path else '; nothing else was saved, so the run begins anew'}")
+        return checkpoints.step_of(path) if path else 0
 
     def load(self, step: int) -> None:
         """Everything as it was after a step."""

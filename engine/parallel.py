@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -25,6 +26,8 @@ def wrap(model: nn.Module, accelerator: Accelerator, kind: Strategy, compiled: b
         return shard(model, accelerator, compiled)
     if compiled:
         model.compile()
+    # Of depth-wise kernels, a few numbers each; to the user it would say that training is slow.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return accelerator.prepare(model)
 
 

@@ -75,6 +75,16 @@ class TrainSection(Section):
     profile_steps: str | None = None
     """steps whose profile is written, e.g. 10:20"""
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_more(cls, names: object) -> object:
+        return [names] if isinstance(names, str) else names
+
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _text(cls, window: object) -> object:
+        return str(window) if isinstance(window, int) else window
+
     @field_validator("profile_steps")
     @classmethod
     def _a_window(cls, text: str | None) -> str | None:
@@ -95,7 +105,9 @@ def split_batch(section: TrainSection, world: int) -> tuple[int, int]:
     Raises:
         UserError: the global batch does not divide.
     """
-    micro_batch = section.micro_batch or max(1, section.batch_size // world)
+    if section.micro_batch is None and section.batch_size % world:
+        raise UserError(f"train.batch_size={section.batch_size} is no multiple of {world} ranks; change it")
+    micro_batch = section.micro_batch or section.batch_size // world
     if section.batch_size % (world * micro_batch):
         raise UserError(
             f"train.batch_size={section.batch_size} is no multiple of {world} ranks x micro-batches of {micro_batch}; "

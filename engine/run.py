@@ -95,6 +95,9 @@ class Run:
         except Preempted as stop:
             self.mark("preempted", str(stop))
             raise
+        except KeyboardInterrupt:
+            self.mark("failed", "interrupted; the checkpoints are kept")
+            raise
         except BaseException as error:
             self.mark("failed", one_line(f"{type(error).__name__}: {error}"))
             raise

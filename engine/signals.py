@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -41,6 +42,10 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if not self.received and os.environ.get("RANK", "0") == "0":
+            again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
+            with suppress(OSError):  # not print, which the handler may have interrupted
+                os.write(2, f"\nmiram: saving after this step{again}\n".encode())
         self.received = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

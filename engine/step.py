@@ -104,7 +104,7 @@ class Learner:
         sums = self.over_ranks(torch.cat([shares.sum(0), flags]))
         losses, (some_bad, some_stop, some_save) = sums[:-3], sums[-3:]
         outcome = self.update(step, losses, some_bad > 0)
-        self.bulletin.post(torch.stack([self.broken, some_stop > 0, some_save > 0]))
+        self.bulletin.post(step + 1, torch.stack([self.broken, some_stop > 0, some_save > 0]))
         return outcome
 
     def count(self, batches: list[Batch]) -> Tensor:

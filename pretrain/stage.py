@@ -20,7 +20,7 @@ from ..data.views import MultiScaleViews
 from ..engine.config import load
 from ..engine.errors import RunFailed
 from ..engine.guard import OutOfMemory
-from ..engine.launch import make_accelerator
+from ..engine.launch import make_accelerator, together
 from ..engine.loop import Trainer
 from ..engine.objective import Objective
 from ..engine.parallel import Twin, needs_twin
@@ -65,16 +65,19 @@ def pretrain(
     monitors = Monitors(settings, cast(Objective, twin.model), stream.dataset, run)
     told = shareable(settings.model_dump())
     trainer = Trainer(run, objective, stream, settings.train, settings.seed, accelerator, monitors, twin, told, signals)
-    if accelerator.is_main_process:
-        # The first thing written: all that can be refused has been.
-        open_run(settings, settings.out, "pretrain", inputs(settings, shards), writes=not dry_run)
-        tell(said, views, shards, accelerator)
-    accelerator.wait_for_everyone()
+
+    def begin() -> None:
+        if accelerator.is_main_process:
+            # The first thing written: all that can be refused has been.
+            open_run(settings, settings.out, "pretrain", inputs(settings, shards), writes=not dry_run)
+            tell(said, views, shards, accelerator)
+
+    together(accelerator, begin)
     with advising(settings, accelerator):
-        if dry_run:
-            rehearse(settings, trainer)
-        elif run.finished:
+        if run.finished:
             accelerator.print(f"{run.folder} is finished; nothing to do")
+        elif dry_run:
+            rehearse(settings, trainer)
         else:
             train(trainer, card)
     accelerator.end_training()

@@ -19,26 +19,26 @@ def flags(*values: int) -> Tensor:
 
 def test_a_bulletin_is_read_a_step_late_unless_someone_waits() -> None:
     bulletin = Bulletin(CPU)
-    bulletin.post(flags(0, 1, 0))
+    bulletin.post(5, flags(0, 1, 0))
     assert bulletin.read(waiting=False) == Agreed()
-    bulletin.post(flags(1, 0, 0))
+    bulletin.post(6, flags(1, 0, 0))
     assert bulletin.read(waiting=False) == Agreed(stop=True)
-    assert bulletin.read(waiting=True) == Agreed(broken=True)
+    assert bulletin.read(waiting=True) == Agreed(broken=6)
     assert bulletin.read(waiting=True) == Agreed()
 
 
-def test_what_two_steps_said_is_added_up() -> None:
+def test_what_two_steps_said_is_added_up_and_the_first_broken_one_counts() -> None:
     bulletin = Bulletin(CPU)
-    bulletin.post(flags(0, 0, 1))
-    bulletin.post(flags(0, 1, 0))
-    assert bulletin.read(waiting=True) == Agreed(stop=True, save=True)
+    bulletin.post(1, flags(1, 0, 1))
+    bulletin.post(2, flags(1, 1, 0))
+    assert bulletin.read(waiting=True) == Agreed(broken=1, stop=True, save=True)
 
 
 def test_pages_are_not_written_over_before_they_are_read() -> None:
     bulletin = Bulletin(CPU)
     found = []
     for step in range(7):
-        bulletin.post(flags(0, step % 2, step % 3 == 0))
+        bulletin.post(step, flags(0, step % 2, step % 3 == 0))
         found.append(bulletin.read(waiting=False))
     expected = [Agreed(stop=step % 2 == 1, save=step % 3 == 0) for step in range(6)]
     assert found == [Agreed(), *expected]
@@ -59,15 +59,15 @@ def test_the_samples_of_broken_micro_batches_are_named() -> None:
     culprits = Culprits()
     culprits.note(6, flags(0, 0), [["a"], ["b"]])
     culprits.note(7, flags(0, 1), [["c", "d"], ["e", "f"]])
-    assert culprits.named(Alone()) == "on rank 0 the loss of step 7 of samples e, f is infinite or not a number"  # type: ignore[arg-type]
+    assert culprits.named(Alone(), 7) == "on rank 0 the loss of step 7 of samples e, f is infinite or not a number"  # type: ignore[arg-type]
 
 
-def test_the_first_of_two_broken_steps_is_named_and_no_more_samples_than_fit_a_sentence() -> None:
+def test_no_more_samples_are_named_than_fit_a_sentence() -> None:
     culprits = Culprits()
     keys = [f"s{i}" for i in range(FEW + 4)]
     culprits.note(3, flags(1), [keys])
     culprits.note(4, flags(1), [["other"]])
-    said = culprits.named(Alone())  # type: ignore[arg-type]
+    said = culprits.named(Alone(), 3)  # type: ignore[arg-type]
     assert f"step 3 of samples {', '.join(keys[:FEW])} and 4 more is" in said
     assert "other" not in said
 
@@ -75,7 +75,8 @@ def test_the_first_of_two_broken_steps_is_named_and_no_more_samples_than_fit_a_s
 def test_a_gradient_that_breaks_without_its_loss_is_no_samples_fault() -> None:
     culprits = Culprits()
     culprits.note(9, flags(0), [["a"]])
-    assert culprits.named(Alone()) == "a gradient became infinite or not a number by step 9"  # type: ignore[arg-type]
+    said = culprits.named(Alone(), 9)  # type: ignore[arg-type]
+    assert said == "the gradient of step 9 is infinite or not a number, though its losses are numbers"
 
 
 def test_an_allocation_that_fails_is_told_in_one_sentence() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partialmethod
-from itertools import count
+from itertools import count, pairwise
 from math import cos, pi
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -373,7 +375,7 @@ def test_broken_loss_or_gradient_fails_and_reaches_no_file(
             batch[name] = batch[name].clone().fill_(value)
 
     section: dict[str, Any] = {"micro_batch": 4, "log_every": log_every, "checkpoint_every": checkpoint_every}
-    with pytest.raises(RunFailed, match=r"of step 7 .*not a number|not a number by step (7|8)") as failure:
+    with pytest.raises(RunFailed, match=r"(loss|gradient) of step 7 is infinite or not a number") as failure:
         fit(tmp_path, Line(), Rows(poison), **section)
     assert ("the checkpoint of step 6 is sound" in str(failure.value)) == (checkpoint_every == 2)
     saved = list((tmp_path / "checkpoints").glob("step-*"))
@@ -465,3 +467,61 @@ def test_a_compiled_model_is_compiled_once_and_learns_the_same(tmp_path: Path, m
     assert backend.frame_count == 1
     plain = fit(tmp_path / "plain", Line(dropout=0.5), Rows(name), micro_batch=4)
     assert (weights(found) - weights(plain)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "model.safetensors"])
+def test_where_every_checkpoint_is_damaged_nothing_begins_anew(tmp_path: Path, lost: str) -> None:
+    """A run that began again at step 1 would remove them as it goes."""
+    with pytest.raises(Cut):
+        fit(tmp_path, stream=Rows(cut), micro_batch=4)
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-00000003", "step-00000006"]
+    for path in saved:
+        (path / lost).rename(path / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"no checkpoint in .*checkpoints is sound .*step-00000006.*step-00000003.*begin anew"
+    ):
+        fit(tmp_path, micro_batch=4)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == saved
+    (saved[0] / "elsewhere").rename(saved[0] / lost)
+    whole = fit(tmp_path / "whole", micro_batch=4)
+    assert torch.equal(weights(fit(tmp_path, micro_batch=4)), weights(whole))
+
+
+def test_a_first_checkpoint_that_was_cut_off_is_no_reason_not_to_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path / "whole")
+    torn = tmp_path / "run" / "checkpoints" / "step-00000003"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000010", torn)
+    (torn / "manifest.json").unlink()
+    fit(tmp_path / "run")
+    assert (
+        "skipped checkpoint step-00000003: it was not finished (no manifest); nothing else was"
+        in capsys.readouterr().out
+    )
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_checkpoints_that_are_kept_for_good_are_written(tmp_path: Path) -> None:
+    fit(tmp_path, checkpoint_every=100, keep_every=4, keep_checkpoints=1)
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step-00000004", "step-00000008", "step-00000010"]
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of steps that take half a minute each: noticed in the step in which a minute is over, written in the next."""
+    clock = count(0, 30)
+    one = trainer(tmp_path, Line(), checkpoint_every=100, checkpoint_minutes=1, log_every=100, keep_checkpoints=9)
+    monkeypatch.setattr("miram.engine.loop.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    one.saved_at = 0
+    one.fit()
+    saved = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved[-1] == STEPS
+    assert len(saved) >= 3
+    assert all(1 < b - a < 5 for a, b in pairwise(saved[:-1]))
+
+
+def test_a_profile_behind_the_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="profile_steps=11:12 begins after the last of 10 steps"):
+        trainer(tmp_path, Line(), profile_steps="11:12")
