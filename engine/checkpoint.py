@@ -29,7 +29,7 @@ from torch import Tensor
 from .errors import RunFailed, UserError
 from .files import json_text, make_folder, read_json, sha256, sync_folder, write_atomic, write_json
 from .restore import LOOP_STATE, bare
-from .tensors import Form, Stream, write_tensors
+from .tensors import Form, Gathering, write_tensors
 
 MANIFEST = "miram.checkpoint/1"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -76,16 +76,16 @@ class Checkpoints:
             RunFailed: on the rank that writes: the disk failed, now or in the background write before. The last
                 checkpoint is whole.
         """
-        streams = {part: Stream({bare(name): t for name, t in parts[part].items()}) for part in sorted(parts)}
+        gatherings = {part: Gathering({bare(name): t for name, t in parts[part].items()}) for part in sorted(parts)}
         failure = None
         if self.writes:
             try:
                 self.wait()
-                self._start(step, streams, state)
+                self._start(step, gatherings, state)
             except RunFailed as error:
                 failure = error
-        for stream in streams.values():
-            stream.drain()
+        for gathering in gatherings.values():
+            gathering.drain()
         if failure:
             raise failure
 
@@ -99,13 +99,13 @@ class Checkpoints:
         if pending:
             pending.result()
 
-    def _start(self, step: int, streams: Mapping[str, Stream], state: Mapping[str, Any]) -> None:
+    def _start(self, step: int, gatherings: Mapping[str, Gathering], state: Mapping[str, Any]) -> None:
         path = self.folder / f"step-{step:08d}"
         if verify(path) is None:  # a step has one state, and this is it: not to be put at risk
             return self._prune(path)
-        aliases = {part: stream.aliases for part, stream in streams.items() if stream.aliases}
+        aliases = {part: gathering.aliases for part, gathering in gatherings.items() if gathering.aliases}
         text = json_text(LOOP_STATE, {"step": step, **state, "aliases": aliases})
-        parts = {part: Part(stream.forms, stream) for part, stream in streams.items()}
+        parts = {part: Part(gathering.forms, gathering) for part, gathering in gatherings.items()}
         if self._writer is None:
             self._write(path, parts, text)
         else:
@@ -232,10 +232,22 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def ever_finished(folder: Path) -> bool:
-    """Whether a checkpoint was ever whole, as far as can be seen: the first that is begun leaves at most itself."""
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint that verifies, 0 if none was ever finished; says which ones are skipped.
+
+    Raises:
+        UserError: some were finished, and all are damaged: a run that began anew would in time remove them.
+    """
+    path, skipped = newest(folder)
     found = checkpoints(folder)
-    return len(found) > 1 or any((path / "manifest.json").exists() for path in found)
+    if path is None and (len(found) > 1 or any((p / "manifest.json").exists() for p in found)):
+        raise UserError(
+            f"no checkpoint in {folder} is sound ({'; '.join(skipped)}); bring one back, or begin anew in another "
+            "--out, or here once that folder is removed"
+        )
+    for sentence in skipped:
+        print(f"miram: {sentence}{'' if path else '; nothing else was saved, so the run begins anew'}")
+    return step_of(path) if path else 0
 
 
 def verify(path: Path) -> str | None:

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from .launch import Strategy
+
 
 @dataclass(frozen=True)
 class Circumstances:
     """Where and with what a training runs."""
 
     ranks: int
+    parallel: str
     micro_batch: int
     threads: int
     device: str
@@ -25,11 +28,12 @@ class Circumstances:
     deterministic: bool
 
     @classmethod
-    def here(cls, accelerator: Accelerator, micro_batch: int) -> Circumstances:
+    def here(cls, accelerator: Accelerator, micro_batch: int, strategy: Strategy) -> Circumstances:
         """Of this process."""
         gpu = accelerator.device.type == "cuda"
         return cls(
             ranks=accelerator.num_processes,
+            parallel=strategy if accelerator.num_processes > 1 else "alone",
             micro_batch=micro_batch,
             threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name() if gpu else f"{platform.machine()} processor",

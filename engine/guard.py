@@ -113,3 +113,21 @@ def telling_of_memory(what: Callable[[], str]) -> Iterator[None]:
         if "DefaultCPUAllocator" not in str(error):  # torch has no class of its own for it
             raise
         raise OutOfMemory(f"out of memory: {what()}") from error
+
+
+# ---------------------------------------------------------------------------------------------- other ranks
+
+
+@contextmanager
+def telling_of_lost_ranks() -> Iterator[None]:
+    """Turn what torch says when another rank is gone into a sentence.
+
+    Raises:
+        RunFailed: one is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise RunFailed("another rank is gone; it says why, or was killed; what was saved before is sound") from error

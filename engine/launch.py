@@ -49,7 +49,7 @@ def make_accelerator(deterministic: bool = False) -> Accelerator:
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     warn_of_stale_store()
     with hidden(FSDP_ASKED):
         accelerator = Accelerator(mixed_precision="no", cpu=device().type == "cpu")

@@ -6,6 +6,7 @@ waits for the device only to write a line, a picture or a checkpoint; what went 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -18,12 +19,12 @@ from . import checkpoint as checkpoints
 from . import restore
 from .circumstances import Circumstances
 from .errors import Preempted, RunFailed, UserError
-from .guard import telling_of_memory
+from .guard import telling_of_lost_ranks, telling_of_memory
 from .launch import together
 from .objective import Batch, Monitor, Objective, Stream
 from .parallel import Twin
 from .profile import Profile, parse_window
-from .recipe import TrainSection
+from .recipe import TrainSection, lengths
 from .run import MetricsFile, Run
 from .signals import StopSignals
 from .step import Learner
@@ -79,7 +80,7 @@ class Trainer:
         self.window = Window(len(objective.loss_names), accelerator.device)
         self.signals = signals or StopSignals()
         self.watchdog = Watchdog(run.folder, self.rank, self.world, section.stall_seconds)
-        self.circumstances = Circumstances.here(accelerator, self.learner.micro_batch)
+        self.circumstances = Circumstances.here(accelerator, self.learner.micro_batch, self.learner.strategy)
         self.checkpoints = checkpoints.Checkpoints(
             run.checkpoints,
             keep_last=section.keep_checkpoints,
@@ -88,12 +89,14 @@ class Trainer:
             background=section.checkpoint_async,
         )
 
+    @telling_of_lost_ranks()
     def fit(self) -> None:
         """Train to the last step.
 
         Raises:
             Preempted: a signal asked to stop; a checkpoint of that very step is on disk.
-            RunFailed: a loss became infinite or not a number, memory ran out, or a checkpoint could not be written.
+            RunFailed: a loss became infinite or not a number, memory ran out, a checkpoint could not be written, or
+                another rank is gone.
         """
         self.resume()
         with self.at_work() as batches:
@@ -150,7 +153,8 @@ class Trainer:
     def learn(self, batches: list[Batch]) -> None:
         """Take a step, and add it up."""
         self.watchdog.at("learning", self.step + 1)
-        outcome = self.learner.learn(self.step, batches, bool(self.signals.received), self.save_by_now)
+        damaged = self.stream.skipped()
+        outcome = self.learner.learn(self.step, batches, bool(self.signals.received), self.save_by_now, damaged)
         self.step += 1
         self.window.add(outcome)
         self.tracker.advance(self.step)
@@ -191,6 +195,7 @@ class Trainer:
         if not self.saving:
             return
         self.watchdog.at("saving", self.step)
+        self.metrics.sync()
         together(self.accelerator, lambda: self.checkpoints.save(self.step, self.parts(), self.state()))
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
@@ -244,11 +249,21 @@ class Trainer:
         """What the monitor sees; nothing on other ranks than the main one, which wait."""
         assert self.monitor is not None
         self.watchdog.at("looking", self.step)
-        with self.tracker.left_out(), torch.random.fork_rng():  # the training must not notice
+        device = self.accelerator.device
+        with self.tracker.left_out(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.twin.follow(self.objective, self.learner.averages)
-            looked = self.monitor(self.step) if self.main else {}
+            looked = self.see(self.monitor) if self.main else {}
             self.accelerator.wait_for_everyone()
         return looked
+
+    def see(self, monitor: Monitor) -> dict[str, float]:
+        """Ask the monitor; a picture that finds no room on the disk is no reason to lose the training."""
+        try:
+            return monitor(self.step)
+        except OSError as error:
+            said = f"{error.filename or 'a picture'}: {error.strerror}"
+            print(f"miram: nothing was looked at in step {self.step} ({said}); the training goes on", file=sys.stderr)
+            return {}
 
     def log(self, looked: dict[str, float]) -> None:
         """Tell everyone who listens."""
@@ -265,9 +280,6 @@ class Trainer:
         line |= {"lr": self.learner.lr(self.step - 1)} | self.tracker.figures(self.step) | looked
         if self.learner.loss_scale.enabled:
             line["loss_scale"] = float(self.learner.loss_scale.scale)
-        skipped = torch.tensor(float(self.stream.skipped()), device=self.accelerator.device)
-        if damaged := int(self.learner.over_ranks(skipped)):
-            line["damaged"] = damaged
         return line
 
     # ------------------------------------------------------------------------------------------ checkpoints
@@ -298,28 +310,12 @@ class Trainer:
             UserError: there are checkpoints, and none of them is sound.
         """
         found = torch.zeros((), device=self.accelerator.device)
-        together(self.accelerator, lambda: found.fill_(self.newest() if self.main else 0))
+        newest = checkpoints.newest_step
+        together(self.accelerator, lambda: found.fill_(newest(self.run.checkpoints) if self.main else 0))
         step = int(self.learner.over_ranks(found))
         if step:
             self.load(step)
             self.accelerator.print(f"miram: going on from step {self.step} of {self.steps}")
-
-    def newest(self) -> int:
-        """Step of the newest sound checkpoint, 0 if none was ever finished.
-
-        Raises:
-            UserError: some were, and all are damaged: to begin anew would in time remove them.
-        """
-        folder = self.run.checkpoints
-        path, skipped = checkpoints.newest(folder)
-        if path is None and checkpoints.ever_finished(folder):
-            raise UserError(
-                f"no checkpoint in {folder} is sound ({'; '.join(skipped)}); bring one back, or begin anew in another "
-                "--out, or here once that folder is removed"
-            )
-        for sentence in skipped:
-            print(f"miram: {sentence}{'' if path else '; nothing else was saved, so the run begins anew'}")
-        return checkpoints.step_of(path) if path else 0
 
     def load(self, step: int) -> None:
         """Everything as it was after a step."""
@@ -337,11 +333,3 @@ class Trainer:
             torch.set_rng_state(rng[self.rank].clone())  # of a view torch reads the start of its storage, and beyond
         if changes := self.circumstances.changes(state["circumstances"]):
             self.accelerator.print(f"miram: this run went on elsewhere ({changes}): equal to rounding, not to the bit")
-
-
-def lengths(section: TrainSection, batches_per_epoch: int) -> tuple[int, int]:
-    """(steps, warm-up steps) of a training."""
-    steps = section.steps or max(1, round((section.epochs or 0) * batches_per_epoch))
-    if section.warmup_epochs is not None:
-        return steps, round(section.warmup_epochs * batches_per_epoch)
-    return steps, section.warmup_steps

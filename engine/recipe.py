@@ -70,7 +70,7 @@ class TrainSection(Section):
     """newest checkpoints kept"""
     keep_every: PositiveInt | None = None
     """checkpoints of steps that are multiples of this are kept for good"""
-    stall_seconds: PositiveFloat = 300.0
+    stall_seconds: float = Field(default=300.0, ge=1)
     """a rank that is at one thing for longer is reported"""
     profile_steps: str | None = None
     """steps whose profile is written, e.g. 10:20"""
@@ -114,3 +114,11 @@ def split_batch(section: TrainSection, world: int) -> tuple[int, int]:
             "change train.batch_size or train.micro_batch"
         )
     return micro_batch, section.batch_size // (world * micro_batch)
+
+
+def lengths(section: TrainSection, batches_per_epoch: int) -> tuple[int, int]:
+    """(steps, warm-up steps) of a training."""
+    steps = section.steps or max(1, round((section.epochs or 0) * batches_per_epoch))
+    if section.warmup_epochs is not None:
+        return steps, round(section.warmup_epochs * batches_per_epoch)
+    return steps, section.warmup_steps

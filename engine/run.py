@@ -13,6 +13,7 @@ RUN/report.html
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,6 +206,11 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         if self.writes:
             self._file.close()
+
+    def sync(self) -> None:
+        """All lines so far survive a power cut, as the checkpoint that is about to be written will."""
+        if self.writes:
+            os.fsync(self._file.fileno())
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line; it is on its way to disk when this returns."""

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .ema import Ema
 from .guard import Bulletin, Culprits
@@ -46,6 +46,8 @@ class Outcome:
     """() whether that was too large"""
     skipped: Tensor
     """() whether fp16 overflowed, so that nothing was learnt"""
+    damaged: Tensor
+    """() samples of all ranks that others stood in for"""
 
 
 class Learner:
@@ -77,7 +79,8 @@ class Learner:
         self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
         self.micro_batch, self.accumulation = split_batch(section, self.world)
         self.noise = per_sample(objective)
-        self.model = wrap(objective, accelerator, strategy(section.parallel), section.compile)
+        self.strategy = strategy(section.parallel)
+        self.model = wrap(objective, accelerator, self.strategy, section.compile)
         self.adamw = adamw(objective, section)  # of the parameters as they are after wrapping
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.ema = Ema(objective, section.ema) if section.ema else None
@@ -87,56 +90,62 @@ class Learner:
         self.broken = torch.zeros((), dtype=torch.bool, device=self.device)  # once true, nothing is learnt any more
         self.bulletin, self.culprits = Bulletin(self.device), Culprits()
 
-    def learn(self, step: int, batches: list[Batch], stop: bool = False, save: bool = False) -> Outcome:
+    def learn(
+        self, step: int, batches: list[Batch], stop: bool = False, save: bool = False, damaged: int = 0
+    ) -> Outcome:
         """Take step number `step`, counted from 0, on a global batch of which `batches` are this rank's micro-batches.
 
         Args:
             stop: this rank was told to stop; goes on the bulletin.
             save: it finds that it is time for a checkpoint.
+            damaged: samples of this rank that others stood in for.
         """
         torch.manual_seed(stable_seed(self.seed, "step", step) % 2**63)
         self.objective.begin_step(step, self.steps)
-        counts = self.count(batches)
-        shares = torch.stack([self.backward(step, i, batch, counts) for i, batch in enumerate(batches)])
+        moved = [OnDevice(batch, self.device) for batch in batches]
+        counts = self.count(moved)
+        shares = torch.stack([self.backward(step, i, batch, counts) for i, batch in enumerate(moved)])
         bad = ~shares.isfinite().all(1)
         self.culprits.note(step + 1, bad, [batch.get(KEY, []) for batch in batches])
-        flags = torch.stack([bad.any().float(), self.flag(stop), self.flag(save)])
-        sums = self.over_ranks(torch.cat([shares.sum(0), flags]))
-        losses, (some_bad, some_stop, some_save) = sums[:-3], sums[-3:]
-        outcome = self.update(step, losses, some_bad > 0)
+        told = torch.stack([bad.any().float(), *map(self.number, (stop, save, damaged))])
+        sums = self.over_ranks(torch.cat([shares.sum(0), told]))
+        losses, (some_bad, some_stop, some_save, all_damaged) = sums[:-4], sums[-4:]
+        outcome = self.update(step, losses, some_bad > 0, all_damaged)
         self.bulletin.post(step + 1, torch.stack([self.broken, some_stop > 0, some_save > 0]))
         return outcome
 
-    def count(self, batches: list[Batch]) -> Tensor:
+    def count(self, batches: list[OnDevice]) -> Tensor:
         """(S,) how much each loss of the global batch counts; where nothing does, its sum is zero too."""
-        counts = [self.objective.counts(OnDevice(batch, self.device)) for batch in batches]
-        total = self.over_ranks(torch.stack(counts).sum(0))
+        total = self.over_ranks(torch.stack([self.objective.counts(batch) for batch in batches]).sum(0))
         return total.where(total > 0, 1)
 
-    def backward(self, step: int, i: int, batch: Batch, counts: Tensor) -> Tensor:
+    def backward(self, step: int, i: int, batch: OnDevice, counts: Tensor) -> Tensor:
         """(S,) shares of micro-batch number `i` in the losses of the global batch; adds its gradient."""
         first = (self.rank * self.accumulation + i) * self.micro_batch
         self.noise.set(stable_seed(self.seed, "noise", step), self.places + first)
         last = i + 1 == self.accumulation
         with nullcontext() if last else without_sync(self.model, self.accelerator):
             with self.autocast():
-                sums = self.model(dict(OnDevice(batch, self.device)))
+                sums = self.model(batch.take())
             shares = sums / counts
             # Gradients are averaged over ranks; the losses are already shares of the global sum.
             total = (shares * self.loss_weights).sum() * self.world
             (total * self.loss_scale.scale).backward()
         return shares.detach()
 
-    def update(self, step: int, losses: Tensor, bad: Tensor) -> Outcome:
+    def update(self, step: int, losses: Tensor, bad: Tensor, damaged: Tensor) -> Outcome:
         """Clip, step the optimizer at this step's learning rate, clear.
 
         Where a loss or the norm is no number, and ever after, the optimizer's own flag keeps weights and moments as
         they are. With fp16 a norm that overflows is no fault while the loss is scaled up: the step is skipped, and the
         loss scaled less from then.
         """
-        limit = self.section.clip_grad or math.inf
-        self.loss_scale.unscale_([p.grad for p in self.parameters if p.grad is not None])
-        norm = whole(clip_grad_norm_(self.parameters, limit))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.loss_scale.unscale_(gradients)
+        norm, limit = get_total_norm(gradients), self.section.clip_grad or math.inf
+        if self.section.clip_grad:
+            clip_grads_with_norm_(self.parameters, limit, norm)
+        norm = whole(norm)
         overflowed = ~norm.isfinite()
         self.broken = self.broken | bad | (overflowed & (self.loss_scale.scale <= 1))
         cast(Any, self.adamw).found_inf = (self.broken | overflowed).float()
@@ -146,7 +155,7 @@ class Learner:
         self.loss_scale.update(overflowed)
         if self.ema:
             self.ema.update(step)
-        return Outcome(losses, norm, (norm > limit) & ~overflowed, overflowed)
+        return Outcome(losses, norm, (norm > limit) & ~overflowed, overflowed, damaged)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
@@ -169,7 +178,7 @@ class Learner:
         """Sum over ranks."""
         return self.accelerator.reduce(values, "sum") if self.world > 1 else values
 
-    def flag(self, value: bool) -> Tensor:
+    def number(self, value: float) -> Tensor:
         """On the device without waiting for it."""
         return torch.full((), float(value), device=self.device)
 
@@ -180,19 +189,26 @@ class Learner:
 
 
 class OnDevice(Mapping[str, Tensor]):
-    """The tensors of a batch, which go to the device when they are asked for: counting needs few of them.
+    """The tensors of a batch, each of which goes to the device once, when it is first asked for: counting needs few.
 
     Names of samples stay out: a compiled model would be compiled anew for each.
     """
 
     def __init__(self, batch: Batch, device: torch.device):
-        self.batch, self.device = {name: x for name, x in batch.items() if isinstance(x, Tensor)}, device
+        self.tensors, self.device = {name: x for name, x in batch.items() if isinstance(x, Tensor)}, device
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.batch[name].to(self.device, non_blocking=True)
+        self.tensors[name] = self.tensors[name].to(self.device, non_blocking=True)
+        return self.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.batch)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.batch)
+        return len(self.tensors)
+
+    def take(self) -> dict[str, Tensor]:
+        """All of them on the device, and none kept here: the next micro-batch needs the room."""
+        taken = {name: self[name] for name in list(self.tensors)}
+        self.tensors.clear()
+        return taken

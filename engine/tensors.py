@@ -122,7 +122,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class Stream:
+class Gathering:
     """Tensors in the order of their file, put together from all ranks one at a time, as they are drawn.
 
     Every rank draws every tensor, aliases too: whether two are one, a rank whose shards are empty cannot tell.

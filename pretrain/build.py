@@ -20,7 +20,7 @@ from .miram import Miram
 from .moco_v3 import MocoV3, initialise_qkv
 from .weights.start import initialise_decoder, initialise_encoder
 
-Learner = Miram | MocoV3
+PretrainObjective = Miram | MocoV3
 
 
 def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
@@ -50,7 +50,7 @@ def encoder_card(settings: PretrainConfig, shards: ShardDataset) -> EncoderCard:
     return replace(card, mean=(mean,) * shards.channels, std=(std,) * shards.channels, provenance=provenance)
 
 
-def build_objective(settings: PretrainConfig, card: EncoderCard) -> tuple[Learner, list[str]]:
+def build_objective(settings: PretrainConfig, card: EncoderCard) -> tuple[PretrainObjective, list[str]]:
     """What learns, with the weights that the seed or `init` gives it, and a report of what `init` gave.
 
     Raises:
@@ -120,7 +120,9 @@ def with_backend(scale: ScaleSection, backend: str) -> ScaleSection:
     return scale.model_copy(update={"options": {"backend": backend, **scale.options}})
 
 
-def build_views(settings: PretrainConfig, card: EncoderCard, objective: Learner) -> MultiScaleViews | TwoViews:
+def build_views(
+    settings: PretrainConfig, card: EncoderCard, objective: PretrainObjective
+) -> MultiScaleViews | TwoViews:
     """What the objective is shown of an image: `inputs`, each drawn anew every epoch."""
     normalise = Normalisation(card.mean, card.std)
     if isinstance(objective, MocoV3):

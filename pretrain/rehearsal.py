@@ -36,7 +36,7 @@ def figures(line: dict[str, float]) -> str:
 def advice(settings: PretrainConfig, accelerator: Accelerator) -> str:
     """What would fit into this rank's device, counted as `miram plan` counts; less than what did not."""
     micro_batch, accumulation = split_batch(settings.train, accelerator.num_processes)
-    share, limit = micro_batch * accumulation, HEADROOM * memory_of(accelerator.device)
+    share, limit = micro_batch * accumulation, HEADROOM * bytes_of(accelerator.device)
     fits = cost_of(countable(settings)).largest_micro_batch(limit, share)
     smaller = [n for n in range(1, micro_batch) if share % n == 0 and n <= fits]
     first = f"set train.micro_batch={smaller[-1]}, or " if smaller and settings.objective == "miram" else ""
@@ -47,7 +47,7 @@ def advice(settings: PretrainConfig, accelerator: Accelerator) -> str:
     )
 
 
-def memory_of(device: torch.device) -> int:
+def bytes_of(device: torch.device) -> int:
     """Bytes of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

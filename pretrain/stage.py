@@ -27,7 +27,7 @@ from ..engine.parallel import Twin, needs_twin
 from ..engine.run import Run, open_run
 from ..engine.signals import StopSignals
 from ..engine.trackers import require_installed, shareable
-from .build import Learner, build_objective, build_views, encoder_card
+from .build import PretrainObjective, build_objective, build_views, encoder_card
 from .config import PretrainConfig
 from .encoder import EncoderCard, encoder_digest, save_encoder
 from .moco_v3 import refuse_accumulation
@@ -91,7 +91,7 @@ def train(trainer: Trainer, card: EncoderCard) -> None:
         trainer.fit()
         if accelerator.is_main_process:
             trained = replace(card, provenance={**card.provenance, "steps": trainer.step})
-            save_encoder(run.folder, cast(Learner, trainer.twin.model).encoder, trained)
+            save_encoder(run.folder, cast(PretrainObjective, trainer.twin.model).encoder, trained)
     accelerator.wait_for_everyone()
     accelerator.print(f"encoder: {run.folder / 'encoder.safetensors'}")
 

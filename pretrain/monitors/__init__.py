@@ -81,7 +81,7 @@ class Monitors:
 
     def pictures(self) -> list[Picture]:
         """Those of the present weights."""
-        batch = dict(OnDevice(self.batch, next(self.encoder.parameters()).device))
+        batch = OnDevice(self.batch, next(self.encoder.parameters()).device).take()
         shown = (
             picture_of_reconstructions(self.model, batch) if isinstance(self.model, Miram) else picture_of_pairs(batch)
         )

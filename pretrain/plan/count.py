@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from ...engine.step import AUTOCAST
-from ..build import Learner
+from ..build import PretrainObjective
 
 REST = "rest"  # what belongs to no module: targets, losses, filling in mask tokens
 ENCODER = "encoder"
@@ -204,7 +204,7 @@ def rows(places: Counter[str]) -> Counter[str]:
 class Step:
     """A step of some images: flops and bytes by place in the model, and live bytes after every operation."""
 
-    objective: Learner
+    objective: PretrainObjective
     forward: Counter[str]
     backward: Counter[str]
     held: Counter[str]
@@ -239,7 +239,7 @@ class Cost:
     """bytes of a sample on the device"""
     levels: dict[bool, tuple[Line, Line]]
     """levels (of FEW images, more an image), without and with gradients in place"""
-    objective: Learner
+    objective: PretrainObjective
     """what was counted, without data"""
     places: dict[str, Counter[str]]
     """parameters, forward, backward, held and fixed once more, decoders block by block"""
@@ -261,7 +261,7 @@ class Cost:
         return bisect_right(range(1, batch + 1), limit, key=lambda images: self.peak(images, batch))
 
 
-def count(build: Callable[[], Learner], precision: str, averaged: bool = False) -> Cost:
+def count(build: Callable[[], PretrainObjective], precision: str, averaged: bool = False) -> Cost:
     """The cost of a training step.
 
     Args:
@@ -300,7 +300,7 @@ def count(build: Callable[[], Learner], precision: str, averaged: bool = False) 
     )
 
 
-def run_step(build: Callable[[], Learner], precision: str, images: int) -> Step:
+def run_step(build: Callable[[], PretrainObjective], precision: str, images: int) -> Step:
     """A step of so many images on fake tensors."""
     with torch.device("meta"):
         objective = build()
@@ -327,7 +327,7 @@ def run_step(build: Callable[[], Learner], precision: str, images: int) -> Step:
     )
 
 
-def accumulating(objective: Learner, ledger: Ledger) -> Line:
+def accumulating(objective: PretrainObjective, ledger: Ledger) -> Line:
     """(levels,) more live bytes where gradients are in place: all from the start, new ones gone once added."""
     gradients = [p.grad.untyped_storage() for p in objective.parameters() if p.grad is not None]
     added = np.zeros(len(ledger.levels) + 1, dtype=np.int64)
@@ -336,7 +336,7 @@ def accumulating(objective: Learner, ledger: Ledger) -> Line:
     return added.sum() - added.cumsum()[:-1]
 
 
-def state_of(objective: Learner) -> list[Tensor]:
+def state_of(objective: PretrainObjective) -> list[Tensor]:
     """What is there before a step."""
     return [*objective.parameters(), *objective.buffers()]
 

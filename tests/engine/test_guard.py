@@ -93,6 +93,7 @@ def test_an_allocation_that_fails_is_told_in_one_sentence() -> None:
 def test_a_tensor_goes_to_the_device_only_when_it_is_asked_for() -> None:
     batch = OnDevice({"x": torch.ones(2), "view": torch.ones(3), "key": ["a"]}, torch.device("meta"))
     assert batch["x"].device.type == "meta"
-    assert batch.batch["view"].device.type == "cpu"
+    assert batch.tensors["view"].device.type == "cpu"
     assert set(batch) == {"x", "view"}
-    assert dict(batch)["view"].device.type == "meta"
+    assert batch.take()["view"].device.type == "meta"
+    assert len(batch) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -525,3 +526,51 @@ def test_a_checkpoint_is_written_when_the_last_one_is_too_old(tmp_path: Path, mo
 def test_a_profile_behind_the_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="profile_steps=11:12 begins after the last of 10 steps"):
         trainer(tmp_path, Line(), profile_steps="11:12")
+
+
+class Blurred:
+    """A monitor whose pictures find no room."""
+
+    every = 4
+
+    def __call__(self, step: int) -> dict[str, float]:
+        raise OSError(errno.ENOSPC, "No space left on device", "figures/x.png")
+
+
+def test_a_picture_without_room_on_the_disk_does_not_end_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = trainer(tmp_path, Line())
+    one.monitor = Blurred()
+    one.fit()
+    assert "nothing was looked at in step 4 (figures/x.png: No space left on device)" in capsys.readouterr().err
+    assert losses(tmp_path)[-1]["step"] == STEPS
+
+
+class Damaged(Rows):
+    """Reads a damaged sample in step 2."""
+
+    found = 0
+
+    def batches(self, start: int, rank: int, world: int, micro_batch: int) -> Iterator[Batch]:
+        for step, batch in enumerate(super().batches(start, rank, world, micro_batch), start):
+            self.found += step == 1
+            yield batch
+
+    def skipped(self) -> int:
+        found, self.found = self.found, 0
+        return found
+
+
+def test_damaged_samples_are_counted_once_also_when_a_run_is_taken_up_again(tmp_path: Path) -> None:
+    fit(tmp_path / "calm", stream=Damaged(), log_every=5, checkpoint_every=2)
+    with pytest.raises(Cut):
+        fit(
+            tmp_path / "cut",
+            stream=Damaged(lambda step, *_: cut(7 if step == 3 else 0, 1, {})),
+            log_every=5,
+            checkpoint_every=2,
+        )
+    fit(tmp_path / "cut", stream=Damaged(), log_every=5, checkpoint_every=2)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "calm")
+    assert [line.get("damaged") for line in losses(tmp_path / "calm")] == [1, None]

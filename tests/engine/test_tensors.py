@@ -20,14 +20,23 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from miram.engine.errors import UserError
-from miram.engine.tensors import CODES, Form, Stream, in_file_order, read_forms, read_into, read_tensors, write_tensors
+from miram.engine.tensors import (
+    CODES,
+    Form,
+    Gathering,
+    in_file_order,
+    read_forms,
+    read_into,
+    read_tensors,
+    write_tensors,
+)
 
 fork = multiprocessing.get_context("fork")
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> str:
-    stream = Stream(tensors)
-    return write_tensors(path, stream.forms, stream)
+    gathering = Gathering(tensors)
+    return write_tensors(path, gathering.forms, gathering)
 
 
 def noise(dtype: torch.dtype, shape: list[int]) -> Tensor:
@@ -112,9 +121,9 @@ def test_stream_writes_shared_memory_once_and_only_that(tmp_path: Path) -> None:
     base = torch.arange(6.0).reshape(2, 3)
     tensors = {"z": base, "a": base.detach(), "t": base.T, "row": base[0], "copy": base.clone(), "none": base[:0]}
     tensors |= {"empty": torch.empty(0, 3), "void": torch.empty(0, 3), "bits": base.view(torch.int32)}
-    stream = Stream(tensors)
-    assert stream.aliases == {"a": "z"}
-    write_tensors(tmp_path / "file", stream.forms, stream)
+    gathering = Gathering(tensors)
+    assert gathering.aliases == {"a": "z"}
+    write_tensors(tmp_path / "file", gathering.forms, gathering)
     assert load_file(tmp_path / "file").keys() == tensors.keys() - {"a"}
 
 
