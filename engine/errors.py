@@ -13,6 +13,7 @@ FINISHED: Final = 0
 FAILED: Final = 1
 USER_ERROR: Final = 2
 DISKS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EBUSY, errno.EIO}  # it is the disk, not us
+INTERRUPTED: Final = "interrupted; what was saved before is kept"
 PREEMPTED: Final = 75  # EX_TEMPFAIL: run the same command again to go on
 
 
@@ -48,7 +49,7 @@ def exit_code(run: Callable[[], object]) -> int:
             print(f"miram: {one_line(str(stop))}", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
-        print("miram: interrupted; what was saved before is kept", file=sys.stderr)
+        print(f"miram: {INTERRUPTED}", file=sys.stderr)
         return FAILED
     except RunFailed as failure:
         print(f"miram: {one_line(str(failure))}", file=sys.stderr)

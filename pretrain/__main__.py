@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +11,7 @@ if not __package__:
     sys.exit("start this with `python -m miram.pretrain CONFIG …`, not by its file name")
 
 from ..engine.command import run_stage
-from ..engine.errors import exit_code
+from ..engine.errors import FAILED, INTERRUPTED, exit_code
 from ..engine.signals import StopSignals
 
 ABOUT = (
@@ -22,13 +23,17 @@ ABOUT = (
 
 def start(command: str, arguments: Sequence[str]) -> None:
     """Read the command line and train."""
-    with StopSignals() as signals:
-        from .config import PretrainConfig
-        from .stage import pretrain
+    try:
+        with StopSignals() as signals:
+            from .config import PretrainConfig
+            from .stage import pretrain
 
-        rest = [argument for argument in arguments if argument != "--dry-run"]
-        stage = partial(pretrain, dry_run=len(rest) < len(arguments), signals=signals)
-        run_stage(command, PretrainConfig, stage, rest, ABOUT)
+            rest = [argument for argument in arguments if argument != "--dry-run"]
+            stage = partial(pretrain, dry_run=len(rest) < len(arguments), signals=signals)
+            run_stage(command, PretrainConfig, stage, rest, ABOUT)
+    except KeyboardInterrupt:
+        print(f"miram: {INTERRUPTED}", file=sys.stderr, flush=True)
+        os._exit(FAILED)  # at once: torch's clean-up of what was interrupted may crash
 
 
 def main() -> None:

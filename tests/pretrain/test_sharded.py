@@ -1,4 +1,4 @@
-"""Every objective learns the same on one rank, on two with copies of it (DDP), and on two with shards of it (FSDP2)."""
+"""Every objective learns on two ranks, with copies of it (DDP) or shards of it (FSDP2), what it learns on one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from forked import finish, killed_at, last_checkpoint, metrics, order, start
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,10 +20,11 @@ import miram
 from miram.engine import restore
 from miram.engine.loop import Trainer
 
+Spoil = Callable[[int], None]
+
 WAYS = ("ddp", "fsdp2")
-STEPS = 6
 COMMON = [
-    f"--train.steps={STEPS}",
+    "--train.steps=6",
     "--train.checkpoint_every=2",
     "--train.ema=0.9",
     "--train.clip_grad=0.7",
@@ -31,73 +33,208 @@ COMMON = [
     "--monitor.pictures=2",
 ]
 ENCODER = "depth: 2, embed_dim: 32, num_heads: 2, drop_path_rate: 0.3"
-MIRAM = [
+MIRAM = [  # the second scale is a Nystrom
     f"--model.encoder_options={{{ENCODER}}}",
     "--model.scales.0.attention=performer",
     "--model.scales.0.options={num_features: 16, redraw_every: 3}",
 ]
+MOCO = [
+    "--objective=moco_v3",
+    f"--model.encoder_options={{{ENCODER}, global_pool: token}}",
+    "--moco.hidden=32",
+    "--moco.dim=16",
+]
 
 
-def lying(way: str) -> Callable[[int], None]:
-    """Before and after training, see on every rank that the model is what `way` says: shards, or a whole copy."""
+# ---------------------------------------------------------------------------------------------- running
+
+
+def around_fit(before: Callable[[Trainer], None], after: Callable[[Trainer], None]) -> None:
+    """From now on, in this process: look at a trainer when it begins and when it has ended."""
+    original = Trainer.fit
+
+    def fit(self: Trainer) -> None:
+        before(self)
+        original(self)
+        after(self)
+
+    Trainer.fit = fit  # type: ignore[method-assign]
+
+
+def lying(way: str) -> Spoil:
+    """On every rank, see that what is trained, and its moments and averages, lies as `way` says: in shards or whole."""
     sharded = way == "fsdp2"
 
     def look(trainer: Trainer) -> None:
-        assert isinstance(trainer.learner.model, DistributedDataParallel) is not sharded
-        for name, parameter in trainer.objective.named_parameters():
-            assert isinstance(parameter, DTensor) is sharded, name
-        for name, average in trainer.learner.averages.items():
-            assert isinstance(average, DTensor) is sharded, name
+        learner = trainer.learner
+        assert isinstance(learner.model, DistributedDataParallel) is not sharded
+        tensors = dict(trainer.objective.named_parameters()) | learner.averages
+        tensors |= {
+            f"{name} of {number}": value
+            for number, state in enumerate(learner.adamw.state.values())
+            for name, value in state.items()
+            if name != "step"
+        }
+        assert [name for name, tensor in tensors.items() if isinstance(tensor, DTensor) is not sharded] == []
+
+    return lambda rank: around_fit(look, look)
+
+
+def compiling(rank: int) -> None:
+    """Compile without generating code; see that something was, and that no graph was broken."""
+    backend = CompileCounterWithBackend("aot_eager")
+    nn.Module.compile = partialmethod(nn.Module.compile, backend=backend)  # type: ignore[assignment]
+
+    def look(trainer: Trainer) -> None:
+        assert backend.frame_count > 0
+        assert not counters["graph_break"]
+
+    around_fit(lambda trainer: None, look)
+
+
+def run(folder: Path, way: str, arguments: list[str], *spoils: Spoil) -> None:
+    """On two ranks, to the end."""
 
     def spoil(rank: int) -> None:
-        original = Trainer.fit
+        for each in (lying(way), *spoils):
+            each(rank)
 
-        def fit(self: Trainer) -> None:
-            look(self)
-            original(self)
-            look(self)
-
-        Trainer.fit = fit  # type: ignore[method-assign]
-
-    return spoil
+    finish(folder, [*arguments, f"--train.parallel={way}"], world=2, spoil=spoil)
 
 
-def run(folder: Path, way: str, arguments: list[str], **how: object) -> None:
-    """On two ranks, to the end."""
-    finish(folder, [*arguments, f"--train.parallel={way}"], world=2, spoil=lying(way), **how)
-import sys
-def measure(a, b):
-    assert order(a)==order(b)
-    worst={}
-    for x,y in zip(metrics(a),metrics(b),strict=True):
-        assert list(x)==list(y),(x,y)
-        for k in x: worst[k]=max(worst.get(k,0),abs(x[k]-y[k])/(abs(y[k])+1e-12))
-    print({k:v for k,v in worst.items() if v},file=sys.stderr)
-    one,two=load_file(a/"run/encoder.safetensors"),load_file(b/"run/encoder.safetensors")
-    w={k:((one[k].float()-two[k].float()).norm()/(two[k].float().norm()+1e-12)).item() for k in two}
-    print("mat",max(v for k,v in w.items() if two[k].ndim>1),"vec",sorted(((v,k) for k,v in w.items() if two[k].ndim<=1))[-6:],file=sys.stderr)
-    s=torch.Generator().manual_seed(0); x=torch.rand(4,1,32,32,generator=s)
-    e,f=miram.load_encoder(a/"run"),miram.load_encoder(b/"run")
-    print("feat",(e.forward_features(x)-f.forward_features(x)).abs().max().item(),file=sys.stderr)
-    for part in ("model","ema","optimizer"):
-        p,q=(restore.load_tensors(last_checkpoint(z),part) for z in (a,b))
-        print(part,max(((p[k].float()-q[k].float()).norm()/(q[k].float().norm()+1e-12)).item() for k in p if p[k].ndim>1 or 'running' in k),file=sys.stderr)
+# ---------------------------------------------------------------------------------------------- comparing
 
-C={
- "miram":MIRAM,
- "moco": ["--objective=moco_v3",f"--model.encoder_options={{{ENCODER}, global_pool: token}}","--moco.hidden=32","--moco.dim=16"],
- "lin":[MIRAM[0],"--model.scales.1.attention=linformer","--model.scales.1.options={num_projected: 16}"],
- "fp16":[*MIRAM,"--train.precision=fp16"],
- "bf16":[*MIRAM,"--train.precision=bf16"],
- "moco16":["--objective=moco_v3",f"--model.encoder_options={{{ENCODER}, global_pool: token}}","--moco.hidden=32","--moco.dim=16","--train.precision=bf16"],
- "ckpt":[*MIRAM,"--model.checkpointing=true","--model.scales.0.checkpointing=true","--model.scales.1.checkpointing=true","--train.micro_batch=2"],
- "tiles":[*MIRAM,"--model.image_size=64","--model.scales.1.decode_fraction=0.5","--model.tissue_loss=1","--model.scales.0.loss_on=masked","--model.scales.1.loss_on=masked"],
+
+def assert_close(found: Path, expected: Path, losses: float, weights: float) -> None:
+    """The same samples in the same order; losses, all that is saved, and what the encoder makes of an image alike.
+
+    Args:
+        losses: relative; of gradient norms and what monitors saw, too.
+        weights: of 1 and the norm of a tensor. Some vectors have no gradient but rounding and stay close to 0.
+    """
+    assert order(found) == order(expected)
+    for line, other in zip(metrics(found), metrics(expected), strict=True):
+        assert line == pytest.approx(other, rel=losses)
+    for part in ("model", "ema"):
+        one, two = (restore.load_tensors(last_checkpoint(folder), part) for folder in (found, expected))
+        assert distance(one, two) < weights
+    encoders = [load_file(folder / "run/encoder.safetensors") for folder in (found, expected)]
+    assert distance(*encoders) < weights
+    assert distance(*({"tokens": tokens(folder)} for folder in (found, expected))) < weights
+
+
+def distance(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    """The largest of all tensors."""
+    assert one.keys() == two.keys()
+    return max(float((one[k] - two[k]).norm() / (1 + two[k].norm())) for k in one)
+
+
+@torch.no_grad()
+def tokens(folder: Path) -> Tensor:
+    """What the encoder in a run folder makes of four images."""
+    encoder = miram.load_encoder(folder / "run")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size, generator=generator)
+    return encoder.eval().forward_features(images)
+
+
+# ---------------------------------------------------------------------------------------------- Miram
+
+LOSSES, WEIGHTS = 1e-5, 1e-5
+
+
+@pytest.fixture(scope="module")
+def small(tiny: list[str]) -> list[str]:
+    return [*tiny, *COMMON, *MIRAM]
+
+
+@pytest.fixture(scope="module")
+def alone(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on one rank, in which all that is to be compared takes place."""
+    folder = tmp_path_factory.mktemp("alone")
+    finish(folder, small)
+    lines = metrics(folder)
+    assert [line["step"] for line in lines if "rankme" in line] == [2, 4, 6]
+    assert any(line["clipped_steps"] for line in lines)
+    first, last = (restore.load_tensors(path, "model") for path in sorted((folder / "run/checkpoints").iterdir()))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_miram_learns_the_same_on_two_ranks_as_on_one(
+    way: str, small: list[str], alone: Path, tmp_path: Path
+) -> None:
+    run(tmp_path, way, small)
+    assert_close(tmp_path, alone, LOSSES, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, "fsdp2"), (1, "fsdp2")),
+        pytest.param((1, "ddp"), (2, "fsdp2"), marks=pytest.mark.slow),
+        pytest.param((2, "fsdp2"), (2, "ddp"), marks=pytest.mark.slow),
+        pytest.param((2, "ddp"), (2, "fsdp2"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_goes_on_when_ranks_share_the_model_in_another_way(
+    before: tuple[int, str], after: tuple[int, str], small: list[str], alone: Path, tmp_path: Path
+) -> None:
+    (world, way), (later_world, later_way) = before, after
+    killed = start(
+        tmp_path, [*small, f"--train.parallel={way}"], world=world, taking=killed_at(5, 0, world - 1)
+    )
+    assert killed[-1] is None
+    said = finish(tmp_path, [*small, f"--train.parallel={later_way}"], world=later_world).out
+    assert "going on from step 4 of 6" in said
+    assert "equal to rounding, not to the bit" in said
+    assert_close(tmp_path, alone, LOSSES, WEIGHTS)
+
+
+# ---------------------------------------------------------------------------------------------- all the rest
+
+LINFORMER = ["--model.scales.1.attention=linformer", "--model.scales.1.options={num_projected: 16}"]
+TILES = [
+    "--model.image_size=64",
+    "--model.scales.1.decode_fraction=0.5",
+    "--model.tissue_loss=1",
+    "--model.scales.1.loss_on=masked",
+]
+CASES: dict[str, tuple[list[str], float, float]] = {  # options, and how close losses and weights are
+    "moco_v3": (MOCO, 1.5e-4, 1e-4),
+    "linformer": ([*MIRAM, *LINFORMER], LOSSES, WEIGHTS),
+    "tiles": ([*MIRAM, *TILES], LOSSES, WEIGHTS),
+    "fp16": ([*MIRAM, "--train.precision=fp16"], 2e-2, 1e-2),
+    "bf16": ([*MIRAM, "--train.precision=bf16"], 1e-1, 8e-2),
 }
-@pytest.mark.parametrize("c",C)
-def test_m(c,tiny,tmp_path):
-    import time
-    a=[*tiny,*COMMON,*C[c]]
-    t=time.time(); finish(tmp_path/"one",a); print(c,"one",time.time()-t,file=sys.stderr)
-    for w in WAYS:
-        t=time.time(); run(tmp_path/w,w,a); print(c,w,time.time()-t,file=sys.stderr)
-        measure(tmp_path/w,tmp_path/"one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_is_learnt_two_ranks_learn_it_as_one_does(case: str, tiny: list[str], tmp_path: Path) -> None:
+    options, losses, weights = CASES[case]
+    finish(tmp_path / "alone", [*tiny, *COMMON, *options])
+    for way in WAYS:
+        run(tmp_path / way, way, [*tiny, *COMMON, *options])
+        assert_close(tmp_path / way, tmp_path / "alone", losses, weights)
+
+
+CHECKPOINTING = [f"--model.{where}checkpointing=true" for where in ("", "scales.0.", "scales.1.")]
+COSTS: dict[str, tuple[list[str], list[str], list[Spoil]]] = {  # of what is learnt, and of how
+    "checkpointing": (MIRAM, CHECKPOINTING, []),
+    "compiled": (MIRAM, ["--train.compile=true"], [compiling]),
+    "compiled, checkpointing": (MIRAM, ["--train.compile=true", "--train.micro_batch=2", *CHECKPOINTING], [compiling]),
+    "compiled moco_v3": (MOCO, ["--train.compile=true"], [compiling]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", COSTS)
+def test_recomputed_and_compiled_two_ranks_learn_what_a_plain_run_learns_on_one(
+    case: str, way: str, tiny: list[str], tmp_path: Path
+) -> None:
+    options, more, spoils = COSTS[case]
+    finish(tmp_path / "plain", [*tiny, *COMMON, *options])
+    run(tmp_path / way, way, [*tiny, *COMMON, *options, *more], *spoils)
+    assert_close(tmp_path / way, tmp_path / "plain", *(CASES["moco_v3"][1:] if options is MOCO else (LOSSES, WEIGHTS)))
