@@ -78,7 +78,7 @@ class TrainSection(Section):
     @field_validator("trackers", mode="before")
     @classmethod
     def _one_or_more(cls, names: object) -> object:
-        return [names] if isinstance(names, str) else names
+        return (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
 
     @field_validator("profile_steps", mode="before")
     @classmethod

@@ -109,7 +109,7 @@ if [ "$1" = requeue ]; then touch "$OUT/../requeued"; else echo node1; echo node
 """
 
 
-def submitted(folder: Path, before: str, after: str, new: str = "") -> tuple[int, bool]:
+def submitted(folder: Path, before: str, after: str, new: str = "", restarts: int = 3) -> tuple[int, bool]:
     """The script where state.json said `before` and srun leaves `after` and a new checkpoint: (exit code, requeued)."""
     tools, out = folder / "tools", folder / "run"
     tools.mkdir()
@@ -121,6 +121,7 @@ def submitted(folder: Path, before: str, after: str, new: str = "") -> tuple[int
         (tools / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm |= {"SLURM_RESTART_COUNT": str(restarts)}
     environment = os.environ | slurm | {"PATH": path, "OUT": str(out), "STATUS": after, "NEW": new}
     command = ["bash", SBATCH, "pretrain/demo", "--data.shards=a folder"]
     code = subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode
@@ -145,6 +146,13 @@ def test_the_slurm_script_decides_by_what_the_run_folder_says(
     before: str, after: str, new: str, outcome: tuple[int, bool], tmp_path: Path
 ) -> None:
     assert submitted(tmp_path, before, after, new) == outcome
+
+
+@pytest.mark.parametrize(("restarts", "outcome"), [(0, (0, True)), (2, (0, True)), (3, (1, False))])
+def test_a_job_that_was_killed_before_its_first_checkpoint_is_tried_three_times(
+    restarts: int, outcome: tuple[int, bool], tmp_path: Path
+) -> None:
+    assert submitted(tmp_path, "", "running", "", restarts) == outcome
 
 
 def test_the_slurm_script_starts_torchrun_on_all_nodes_with_the_arguments_as_given(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import miram
-from miram.engine import restore
 from miram.engine.loop import Trainer
 
 Spoil = Callable[[int], None]
@@ -36,7 +35,7 @@ ENCODER = "depth: 2, embed_dim: 32, num_heads: 2, drop_path_rate: 0.3"
 MIRAM = [  # the second scale is a Nystrom
     f"--model.encoder_options={{{ENCODER}}}",
     "--model.scales.0.attention=performer",
-    "--model.scales.0.options={num_features: 16, redraw_every: 3}",
+    "--model.scales.0.options={num_features: 16, redraw_every: 2}",
 ]
 MOCO = [
     "--objective=moco_v3",
@@ -106,27 +105,29 @@ def run(folder: Path, way: str, arguments: list[str], *spoils: Spoil) -> None:
 
 
 def assert_close(found: Path, expected: Path, losses: float, weights: float) -> None:
-    """The same samples in the same order; losses, all that is saved, and what the encoder makes of an image alike.
+    """The same samples in the same order; losses, what is saved, and what the encoder makes of an image alike.
+
+    Vectors are seen through the encoder's tokens only: a few, as the keys' bias, have no gradient but rounding.
 
     Args:
         losses: relative; of gradient norms and what monitors saw, too.
-        weights: of 1 and the norm of a tensor. Some vectors have no gradient but rounding and stay close to 0.
+        weights: of the norm of a matrix.
     """
     assert order(found) == order(expected)
     for line, other in zip(metrics(found), metrics(expected), strict=True):
         assert line == pytest.approx(other, rel=losses)
     for part in ("model", "ema"):
-        one, two = (restore.load_tensors(last_checkpoint(folder), part) for folder in (found, expected))
+        one, two = (load_file(last_checkpoint(folder) / f"{part}.safetensors") for folder in (found, expected))
         assert distance(one, two) < weights
-    encoders = [load_file(folder / "run/encoder.safetensors") for folder in (found, expected)]
-    assert distance(*encoders) < weights
+    assert distance(*(load_file(folder / "run/encoder.safetensors") for folder in (found, expected))) < weights
     assert distance(*({"tokens": tokens(folder)} for folder in (found, expected))) < weights
 
 
 def distance(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
-    """The largest of all tensors."""
+    """Of the matrices and variances that differ most, relative."""
     assert one.keys() == two.keys()
-    return max(float((one[k] - two[k]).norm() / (1 + two[k].norm())) for k in one)
+    names = [name for name in one if one[name].ndim > 1 or name.endswith("running_var")]
+    return max(float((one[name] - two[name]).norm() / two[name].norm()) for name in names)
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def tokens(folder: Path) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- Miram
 
-LOSSES, WEIGHTS = 1e-5, 1e-5
+LOSSES, WEIGHTS = 2e-5, 2e-5  # measured at most 2.4e-6 and 2.2e-6
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +157,15 @@ def alone(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = metrics(folder)
     assert [line["step"] for line in lines if "rankme" in line] == [2, 4, 6]
     assert any(line["clipped_steps"] for line in lines)
-    first, last = (restore.load_tensors(path, "model") for path in sorted((folder / "run/checkpoints").iterdir()))
+    one, two = (load_file(path / "model.safetensors") for path in (folder / "run/checkpoints").iterdir())
+    drawn = [name for name in one if name.endswith(".features")]
+    assert drawn
+    assert not any(one[name].equal(two[name]) for name in drawn)  # drawn anew in between
     return folder
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_miram_learns_the_same_on_two_ranks_as_on_one(
-    way: str, small: list[str], alone: Path, tmp_path: Path
-) -> None:
+def test_miram_learns_the_same_on_two_ranks_as_on_one(way: str, small: list[str], alone: Path, tmp_path: Path) -> None:
     run(tmp_path, way, small)
     assert_close(tmp_path, alone, LOSSES, WEIGHTS)
 
@@ -181,9 +183,7 @@ def test_a_killed_run_goes_on_when_ranks_share_the_model_in_another_way(
     before: tuple[int, str], after: tuple[int, str], small: list[str], alone: Path, tmp_path: Path
 ) -> None:
     (world, way), (later_world, later_way) = before, after
-    killed = start(
-        tmp_path, [*small, f"--train.parallel={way}"], world=world, taking=killed_at(5, 0, world - 1)
-    )
+    killed = start(tmp_path, [*small, f"--train.parallel={way}"], world=world, taking=killed_at(5, 0, world - 1))
     assert killed[-1] is None
     said = finish(tmp_path, [*small, f"--train.parallel={later_way}"], world=later_world).out
     assert "going on from step 4 of 6" in said
