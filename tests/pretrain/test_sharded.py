@@ -141,7 +141,7 @@ def tokens(folder: Path) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- Miram
 
-LOSSES, WEIGHTS = 2e-5, 2e-5  # measured at most 2.4e-6 and 2.2e-6
+LOSSES, WEIGHTS = 4e-5, 2e-5  # measured at most 4.1e-6 and 2.2e-6
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,11 @@ TILES = [
     "--model.scales.1.loss_on=masked",
 ]
 CASES: dict[str, tuple[list[str], float, float]] = {  # options, and how close losses and weights are
-    "moco_v3": (MOCO, 1.5e-4, 1e-4),
+    "moco_v3": (MOCO, 1.5e-4, 1.5e-4),  # measured 1.4e-5 and 1.4e-5
     "linformer": ([*MIRAM, *LINFORMER], LOSSES, WEIGHTS),
     "tiles": ([*MIRAM, *TILES], LOSSES, WEIGHTS),
-    "fp16": ([*MIRAM, "--train.precision=fp16"], 2e-2, 1e-2),
-    "bf16": ([*MIRAM, "--train.precision=bf16"], 1e-1, 8e-2),
+    "fp16": ([*MIRAM, "--train.precision=fp16"], 3e-2, 1e-2),  # 2.9e-3 and 1.2e-3
+    "bf16": ([*MIRAM, "--train.precision=bf16"], 1e-1, 8e-2),  # 1.1e-2 and 8.9e-3
 }
 
 
