@@ -115,7 +115,7 @@ def test_options_are_checked_by_the_attention_that_takes_them() -> None:
         ("--train.blr=false", "--train.blr: should be a valid number (got False)"),
         ("--out=7", "--out: should be a valid string (got 7)"),
         ("--train.batch_size=0", "--train.batch_size: should be greater than 0 (got 0)"),
-        ("--train.precision=fp17", "--train.precision: should be 'bf16' or 'fp32' (got 'fp17')"),
+        ("--train.precision=fp17", "--train.precision: should be 'bf16', 'fp16' or 'fp32' (got 'fp17')"),
         ("--model.scales.0.width=130", "--model.scales.0: width 130 must be a multiple of heads (4) and of 4"),
         ("--model.scales.1.scale=1", "--model.scales: one decoder a scale"),
         ("--seed.x=3", "--seed: should be a valid integer"),

@@ -78,7 +78,7 @@ REMOTE = ("wandb", "mlflow", "trackio")
 @pytest.fixture(autouse=True)
 def accelerator() -> None:
     """The trackers of Accelerate ask it for the rank."""
-    make_accelerator("fp32")
+    make_accelerator()
 
 
 @pytest.fixture
