@@ -117,7 +117,7 @@ def state(run: Run) -> dict[str, Any]:
         (Preempted("stopped after step 3"), "preempted", "stopped after step 3"),
         (RunFailed("loss is\nno number"), "failed", "RunFailed: loss is no number"),
         (KeyError("x"), "failed", "KeyError: 'x'"),
-        (KeyboardInterrupt(), "failed", "KeyboardInterrupt:"),
+        (KeyboardInterrupt(), "failed", "interrupted; the checkpoints are kept"),
         (SystemExit(3), "failed", "SystemExit: 3"),
     ],
 )
