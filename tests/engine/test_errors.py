@@ -34,7 +34,21 @@ def test_success_is_zero_and_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_interrupt_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(ends_with(KeyboardInterrupt())) == 1
+    assert capsys.readouterr() == ("", "miram: interrupted; what was saved before is kept\n")
+
+
+def test_only_the_first_rank_says_that_all_were_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code(ends_with(Preempted("stopped"))) == 75
+    assert exit_code(ends_with(RunFailed("failed"))) == 1
+    assert capsys.readouterr() == ("", "miram: failed\n")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), SystemExit(3)])
 def test_anything_unforeseen_passes_through(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised:
         exit_code(ends_with(error))

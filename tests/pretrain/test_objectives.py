@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from ranks import on_ranks
 from safetensors.torch import load_file
 
 import miram
@@ -54,14 +55,9 @@ def calm(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """An undisturbed run of six steps of each, looked at once."""
     folder = tmp_path_factory.mktemp("calm")
     for name in OBJECTIVES:
-        run(arguments(name, tiny, folder / name))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        pretrain("pretrain/demo", arguments(name, tiny, folder / name))
     return {name: folder / name for name in OBJECTIVES}
-
-
-def run(arguments: list[str], *launcher: str) -> None:
-    command = [sys.executable, "-m", *launcher, "miram.pretrain", "pretrain/demo", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=SINGLE, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def losses(run: Path) -> list[float]:
@@ -81,7 +77,7 @@ def test_a_killed_run_of_any_objective_ends_like_an_undisturbed_one(
         time.sleep(0.02)
     process.kill()
     process.wait()
-    run(arguments(name, tiny, tmp_path, "--train.log_every=1"))
+    pretrain("pretrain/demo", arguments(name, tiny, tmp_path, "--train.log_every=1"))
     assert losses(tmp_path) == losses(calm[name])
     assert (tmp_path / "encoder.safetensors").read_bytes() == (calm[name] / "encoder.safetensors").read_bytes()
 
@@ -91,7 +87,8 @@ def test_two_ranks_learn_what_one_does_with_any_objective(
     name: str, calm: dict[str, Path], tiny: list[str], tmp_path: Path
 ) -> None:
     """Without `find_unused_parameters`, which would hide dead ones; batch norm and negatives span the ranks."""
-    run(arguments(name, tiny, tmp_path), "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    ended = on_ranks(2, lambda: pretrain("pretrain/demo", arguments(name, tiny, tmp_path)).finished)
+    assert ended == [True, True]
     assert losses(tmp_path) == pytest.approx(losses(calm[name]), rel=2e-5)
 
 

@@ -120,7 +120,9 @@ def test_a_killed_run_ends_like_an_undisturbed_one(calm: Path, tiny: list[str], 
     assert (out / "encoder.safetensors").read_bytes() == (calm / "encoder.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 2)])
+@pytest.mark.parametrize(
+    ("number", "workers"), [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow), (signal.SIGUSR1, 2)]
+)
 def test_a_signal_leaves_a_checkpoint_and_exit_code_75(
     number: signal.Signals, workers: int, calm: Path, tiny: list[str], tmp_path: Path
 ) -> None:
