@@ -64,7 +64,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("name", ["moco", "all"])
+@pytest.mark.parametrize("name", [pytest.param("moco", marks=pytest.mark.slow), "all"])
 def test_a_killed_run_of_any_objective_ends_like_an_undisturbed_one(
     name: str, calm: dict[str, Path], tiny: list[str], tmp_path: Path
 ) -> None:

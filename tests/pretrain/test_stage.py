@@ -107,6 +107,7 @@ def test_a_finished_run_is_left_alone(calm: Path, tiny: list[str], capsys: pytes
     assert (calm / "encoder.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow  # test_exact.py does the same in forked processes
 def test_a_killed_run_ends_like_an_undisturbed_one(calm: Path, tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "killed"
     arguments = [*tiny, "--train.steps=12", "--train.checkpoint_every=4", f"--out={out}"]
