@@ -33,7 +33,7 @@ class Circumstances:
         gpu = accelerator.device.type == "cuda"
         return cls(
             ranks=accelerator.num_processes,
-            parallel=strategy if accelerator.num_processes > 1 else "alone",
+            parallel=strategy,
             micro_batch=micro_batch,
             threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name() if gpu else f"{platform.machine()} processor",

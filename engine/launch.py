@@ -25,7 +25,7 @@ from accelerate import Accelerator
 
 from .errors import RunFailed, UserError
 
-Strategy = Literal["ddp", "fsdp2"]
+Strategy = Literal["alone", "ddp", "fsdp2"]
 FSDP_ASKED = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` for a file that asks for FSDP
 
 
@@ -99,12 +99,14 @@ def hidden(variable: str) -> Iterator[None]:
             os.environ[variable] = value
 
 
-def strategy(parallel: Literal["auto", "ddp", "fsdp2"]) -> Strategy:
-    """How the ranks share the model: as configured, or, with auto, as the launcher's file asks.
+def strategy(parallel: Literal["auto", "ddp", "fsdp2"], world: int) -> Strategy:
+    """How `world` ranks share the model: as configured, or, with auto, as the launcher's file asks.
 
     Raises:
         UserError: the file asks for the first FSDP.
     """
+    if world == 1:
+        return "alone"
     if parallel != "auto":
         return parallel
     if os.environ.get(FSDP_ASKED, "").lower() not in ("1", "true", "yes"):

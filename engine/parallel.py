@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from .launch import Strategy, strategy
 from .recipe import TrainSection
@@ -22,7 +21,7 @@ from .tensors import whole
 def wrap(model: nn.Module, accelerator: Accelerator, kind: Strategy, compiled: bool) -> nn.Module:
     """The model on this rank's device, ready to be trained on all; parameters keep their names."""
     model.to(accelerator.device)
-    if kind == "fsdp2" and accelerator.num_processes > 1:
+    if kind == "fsdp2":
         return shard(model, accelerator, compiled)
     if compiled:
         model.compile()
@@ -49,23 +48,17 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def without_sync(model: nn.Module, accelerator: Accelerator) -> AbstractContextManager[None]:
+def without_sync(model: nn.Module, accelerator: Accelerator, kind: Strategy) -> AbstractContextManager[None]:
     """Inside, gradients stay on their rank: for all micro-batches of a step but the last.
 
     Shards are reduced after each micro-batch all the same: not to would take the memory that sharding saves.
     """
-    return nullcontext() if is_sharded(model) else accelerator.no_sync(model)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether its parameters lie in shards on many ranks."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return accelerator.no_sync(model) if kind == "ddp" else nullcontext()
 
 
 def needs_twin(section: TrainSection, accelerator: Accelerator) -> bool:
     """Whether the model in training can not be looked at or saved as it is."""
-    sharded = accelerator.num_processes > 1 and strategy(section.parallel) == "fsdp2"
-    return sharded or section.ema is not None
+    return section.ema is not None or strategy(section.parallel, accelerator.num_processes) == "fsdp2"
 
 
 class Twin:

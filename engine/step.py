@@ -79,7 +79,7 @@ class Learner:
         self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
         self.micro_batch, self.accumulation = split_batch(section, self.world)
         self.noise = per_sample(objective)
-        self.strategy = strategy(section.parallel)
+        self.strategy = strategy(section.parallel, self.world)
         self.model = wrap(objective, accelerator, self.strategy, section.compile)
         self.adamw = adamw(objective, section)  # of the parameters as they are after wrapping
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -124,7 +124,7 @@ class Learner:
         first = (self.rank * self.accumulation + i) * self.micro_batch
         self.noise.set(stable_seed(self.seed, "noise", step), self.places + first)
         last = i + 1 == self.accumulation
-        with nullcontext() if last else without_sync(self.model, self.accelerator):
+        with nullcontext() if last else without_sync(self.model, self.accelerator, self.strategy):
             with self.autocast():
                 sums = self.model(batch.take())
             shares = sums / counts

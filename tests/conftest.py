@@ -12,6 +12,9 @@ import pytest
 
 # Runs are compared bit for bit with runs in other processes: one thread everywhere, set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+# And on processors: a GPU gives other bits, and is lost to processes that are forked. MIRAM_GPU=1 runs what needs one.
+if not os.environ.get("MIRAM_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from miram.__main__ import app
 from miram.data.phantom import PhantomSettings

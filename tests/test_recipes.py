@@ -56,7 +56,7 @@ def test_what_a_preset_asks_for_is_how_ranks_share_the_model(
         monkeypatch.delenv(variable, raising=False)
         if variable in environment:
             monkeypatch.setenv(variable, environment[variable])
-    assert strategy("auto") == shared
+    assert strategy("auto", world=2) == shared
 
 
 def test_two_nodes_divide_the_processes_and_meet_at_the_first() -> None:

@@ -27,7 +27,8 @@ def test_the_configuration_goes_before_the_launchers_file(
 ) -> None:
     for name, value in ((FSDP_ASKED, asked), ("FSDP_VERSION", version)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    assert strategy(parallel) == expected
+    assert strategy(parallel, world=2) == expected
+    assert strategy(parallel, world=1) == "alone"
 
 
 @pytest.mark.parametrize("version", ["1", None])
@@ -37,7 +38,7 @@ def test_the_first_fsdp_is_refused(version: str | None, monkeypatch: pytest.Monk
     if version is not None:
         monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(UserError, match="fsdp_version: 2"):
-        strategy("auto")
+        strategy("auto", world=2)
 
 
 def test_a_variable_is_hidden_inside_only(monkeypatch: pytest.MonkeyPatch) -> None:

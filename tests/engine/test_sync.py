@@ -203,7 +203,7 @@ def test_an_objective_that_makes_the_host_wait_is_seen(
     assert seen["item"] == 2  # its own, and that of the string
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and MIRAM_GPU=1")
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_torch_sees_no_wait_for_the_gpu_between_lines(
     name: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
