@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from ranks import on_ranks
 from timm.utils import ModelEmaV3
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -143,32 +138,15 @@ def averages(moving: nn.Module) -> dict[str, Tensor]:
     return ema.tensors
 
 
-def be_a_rank(rank: int, folder: Path) -> None:
-    """A shard of each parameter through ten steps; gathered, saved by rank 0."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    mesh = distributed.init_device_mesh("cpu", (2,))
-    found = averages(fully_shard(model(), mesh=mesh))
+def sharded_averages() -> dict[str, Tensor]:
+    """On a rank: a shard of each parameter through ten steps, gathered."""
+    distributed.init_process_group("gloo")
+    found = averages(fully_shard(model(), mesh=distributed.init_device_mesh("cpu", (2,))))
     assert all(isinstance(tensor, DTensor) for tensor in found.values())
-    whole = {name: tensor.full_tensor() for name, tensor in found.items() if isinstance(tensor, DTensor)}
-    if rank == 0:
-        save_file(whole, folder / "whole.safetensors")
-    distributed.destroy_process_group()
+    return {name: tensor.full_tensor() for name, tensor in found.items() if isinstance(tensor, DTensor)}
 
 
-def test_average_of_shards_is_that_of_the_whole_to_the_bit(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, __file__, tmp_path], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.returncode == 0
-    found, expected = load_file(tmp_path / "whole.safetensors"), averages(model())
+def test_average_of_shards_is_that_of_the_whole_to_the_bit() -> None:
+    found, expected = on_ranks(2, sharded_averages)[0], averages(model())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-if __name__ == "__main__":
-    # Forked here, where torch has run nothing yet, and not by pytest, which may have used an accelerator.
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=be_a_rank, args=(rank, Path(sys.argv[1]))) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in processes))

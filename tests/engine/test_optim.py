@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from ranks import on_ranks
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -187,36 +182,20 @@ def scaled_steps(objective: nn.Module, enabled: bool) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in objective.named_parameters()}
 
 
-def be_a_rank(rank: int, folder: Path) -> None:
-    """The same batch on both ranks, so that the mean of gradients rounds nothing."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+def sharded_steps() -> dict[str, Tensor]:
+    """On a rank: the same batch on both, so that the mean of gradients rounds nothing."""
+    distributed.init_process_group("gloo")
     mesh = distributed.init_device_mesh("cpu", (2,))
     objective = Tower()
     for block in objective.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     found: dict[str, Any] = scaled_steps(objective, enabled=True)
-    whole = {name: tensor.full_tensor() for name, tensor in found.items()}
-    if rank == 0:
-        save_file(whole, folder / "whole.safetensors")
-    distributed.destroy_process_group()
+    return {name: tensor.full_tensor() for name, tensor in found.items()}
 
 
-def test_sharded_scaled_training_is_that_of_the_whole_to_the_bit(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, __file__, tmp_path], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.returncode == 0
-    found, expected = load_file(tmp_path / "whole.safetensors"), scaled_steps(Tower(), enabled=False)
+def test_sharded_scaled_training_is_that_of_the_whole_to_the_bit() -> None:
+    found, expected = on_ranks(2, sharded_steps)[0], scaled_steps(Tower(), enabled=False)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-
-
-if __name__ == "__main__":
-    # Forked here, where torch has run nothing yet, and not by pytest, which may have used an accelerator.
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=be_a_rank, args=(rank, Path(sys.argv[1]))) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in processes))

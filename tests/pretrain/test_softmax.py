@@ -16,7 +16,7 @@ from miram.pretrain.config import ScaleSection
 
 DIM, HEADS, GRID = 32, 4, (6, 4)
 d = DIM // HEADS
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers runs on CUDA only; MIRAM_GPU=1 shows it")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers runs on CUDA only, and MIRAM_GPU=1")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="here xformers may run")
 
 
