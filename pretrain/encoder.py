@@ -8,6 +8,7 @@ vit = timm.create_model(card["architecture"], **card["kwargs"]); vit.load_state_
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from ..data.views import Normalisation
 from ..engine.errors import UserError, did_you_mean, one_line
-from ..engine.files import read_json, sha256, write_json
+from ..engine.files import read_json, write_json
 
 CARD = "miram.encoder/1"
 
@@ -233,6 +234,22 @@ def set_channels(vit: Encoder, channels: int) -> str:
     return done + "; WITHOUT A BIAS THE DIFFERENCE OF THE CHANNELS' MEANS IS LOST" * lost
 
 
+def adapt(vit: Encoder, size: tuple[int, int], channels: int) -> dict[str, str]:
+    """Give an encoder another input in place; returns what happened to which tensor.
+
+    Raises:
+        UserError: the size is no multiple of the patch.
+    """
+    several = channels != vit.patch_embed.proj.in_channels > 1 and vit.patch_embed.proj.bias is not None
+    changes = {
+        "patch_embed.proj.weight": set_channels(vit, channels),
+        "patch_embed.proj.bias": "took up the channels' different means" if several else "",
+        "pos_embed": set_image_size(vit, size),
+    }
+    cast(Any, vit).pretrained_cfg = {**cast(Any, vit).pretrained_cfg, "input_size": (channels, *size)}
+    return {key: how for key, how in changes.items() if how}
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -279,71 +296,25 @@ def find_card(path: str) -> tuple[Path, EncoderCard]:
     return weights, read_card(weights.with_suffix(".json"))
 
 
-def read_provenance(path_or_name: str) -> dict[str, Any]:
-    """What an encoder of ours was trained on; nothing is known of timm's.
-
-    Raises:
-        UserError: there is no such encoder.
-    """
-    return {} if path_or_name.startswith("timm:") else find_card(path_or_name)[1].provenance
-
-
-def encoder_digest(path_or_name: str) -> str:
-    """Changes when the weights do; timm's are known by their name.
-
-    Raises:
-        UserError: there is no such encoder.
-    """
-    return path_or_name if path_or_name.startswith("timm:") else sha256(find_card(path_or_name)[0])
-
-
-def load_encoder(path_or_name: str | Path) -> Encoder:
-    """An encoder in eval mode: from a RUN folder, an `encoder.safetensors`, or `timm:NAME` (timm's own weights).
+def load_ours(path: str) -> tuple[Encoder, EncoderCard]:
+    """An encoder of ours in eval mode, and its card: of a run folder or of an encoder.safetensors.
 
     Raises:
         UserError: nothing is there, or the weights and the architecture do not match key by key.
     """
-    name = str(path_or_name)
-    if name.startswith("timm:"):
-        vit = load_timm(name.removeprefix("timm:"))
-        set_channels(vit, 1)
-        return vit
-    weights, card = find_card(name)
+    weights, card = find_card(path)
     vit = build_encoder(card)
     try:
         vit.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{weights} does not fit its encoder.json: {one_line(str(error))}") from error
-    return vit.eval()
+    return vit.eval(), card
 
 
-def random_like(path_or_name: str | Path, seed: int) -> Encoder:
-    """An encoder of the same shape and input as `load_encoder` gives, as it is before any training.
-
-    Raises:
-        UserError: nothing is there.
-    """
-    name = str(path_or_name)
-    torch.manual_seed(seed)
-    if not name.startswith("timm:"):
-        return build_encoder(find_card(name)[1]).eval()
-    vit = cast(Encoder, timm.create_model(name.removeprefix("timm:"), in_chans=1, num_classes=0))
-    initialise(vit)
-    return vit.eval()
-
-
-def load_timm(name: str) -> Encoder:
-    """timm's own weights as they are, in eval mode.
-
-    Raises:
-        UserError: they cannot be had, or are those of no ViT.
-    """
-    try:
-        vit = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # whatever the hub, the network or timm raise: the user's to mend
-        raise UserError(
-            f"timm:{name} could not be had ({one_line(str(error))[:200]}); is the name right and the network up?"
-        ) from error
-    if not isinstance(vit, Encoder):
-        raise UserError(f"timm:{name} is no plain ViT; choose one of timm's vit_… models")
-    return vit.eval()
+def weights_digest(vit: nn.Module) -> str:
+    """sha256 in hex of the names, shapes, types and bytes of all tensors, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vit.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Parameter-efficient tuning: `apply(encoder, method, **options)`; every method states the closed form of its count."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from ...engine.config import check
+from ...engine.errors import UserError, did_you_mean
+from ...pretrain.encoder import Encoder, weights_digest
+from .adapters import AdaptFormer, Houlsby
+from .base import Method, Tuned
+from .dvpt import DVPT
+from .lora_qkv import LoraQkv
+from .low_rank import Dora, Ia3, Lora
+from .mpl import MPL
+from .plain import BitFit, Full, Linear, NormTuning
+from .prompts import VPTDeep, VPTGated, VPTShallow
+from .savit import Savit
+from .ssf import SSF
+
+METHODS: dict[str, type[Method]] = {
+    "full": Full,
+    "linear": Linear,
+    "bitfit": BitFit,
+    "ln": NormTuning,
+    "lora": Lora,
+    "dora": Dora,
+    "ia3": Ia3,
+    "lora_qkv": LoraQkv,
+    "houlsby": Houlsby,
+    "adaptformer": AdaptFormer,
+    "ssf": SSF,
+    "vpt_shallow": VPTShallow,
+    "vpt_deep": VPTDeep,
+    "vpt_gated": VPTGated,
+    "mpl": MPL,
+    "dvpt": DVPT,
+    "savit": Savit,
+}
+
+__all__ = ["METHODS", "Method", "Tuned", "apply"]
+
+
+def apply(encoder: Encoder, method: str, **options: Any) -> Tuned:
+    """Put a tuning method on an encoder, which is changed in place: give a deep copy if it is needed as it was.
+
+    Args:
+        encoder: a timm ViT (`miram.load_encoder`); its classifier, if any, is taken off.
+        method: a key of METHODS.
+        options: fields of the method's class.
+
+    Raises:
+        UserError: no such method or option, or the method cannot stand on this encoder.
+    """
+    chosen = read_method(method, options)
+    if not isinstance(encoder, chosen.encoders):
+        kinds = " or ".join(kind.__name__ for kind in chosen.encoders)
+        raise UserError(f"method {method} takes timm's {kinds}, not {type(encoder).__name__}")
+    if encoder.num_classes:
+        encoder.reset_classifier(0)
+    shape, base = chosen.shape(encoder), describe(encoder)
+    encoder.requires_grad_(False)
+    model = chosen.attach(encoder)
+    return Tuned(method, chosen, model, shape, base)
+
+
+def read_method(name: str, options: dict[str, Any]) -> Method:
+    """A method with its options checked.
+
+    Raises:
+        UserError: no such method or option.
+    """
+    if name not in METHODS:
+        raise UserError(f"there is no tuning method {name!r}{did_you_mean(name, list(METHODS))}")
+    return check(METHODS[name], options, f"options of {name}")
+
+
+def describe(encoder: Encoder) -> dict[str, Any]:
+    """What an adapter says of the encoder it was made for."""
+    config = cast(Any, encoder).pretrained_cfg
+    embed = encoder.patch_embed
+    return {
+        "architecture": config.get("architecture") or type(encoder).__name__,
+        "image_size": list(embed.img_size),
+        "channels": embed.proj.in_channels,
+        "digest": weights_digest(encoder),
+    }
