@@ -8,7 +8,7 @@ from ...engine.config import check
 from ...engine.errors import UserError, did_you_mean
 from ...pretrain.encoder import Encoder, weights_digest
 from .adapters import AdaptFormer, Houlsby
-from .base import Method, Tuned
+from .base import MARK, Method, Tuned
 from .dvpt import DVPT
 from .lora_qkv import LoraQkv
 from .low_rank import Dora, Ia3, Lora
@@ -50,17 +50,22 @@ def apply(encoder: Encoder, method: str, **options: Any) -> Tuned:
         options: fields of the method's class.
 
     Raises:
-        UserError: no such method or option, or the method cannot stand on this encoder.
+        UserError: no such method or option, the method cannot stand on this encoder, or one stands on it already.
     """
     chosen = read_method(method, options)
     if not isinstance(encoder, chosen.encoders):
         kinds = " or ".join(kind.__name__ for kind in chosen.encoders)
         raise UserError(f"method {method} takes timm's {kinds}, not {type(encoder).__name__}")
+    if already := getattr(encoder, MARK, None):
+        raise UserError(
+            f"the encoder is tuned with {already} already; merge that, or take the encoder as it was loaded"
+        )
     if encoder.num_classes:
         encoder.reset_classifier(0)
     shape, base = chosen.shape(encoder), describe(encoder)
     encoder.requires_grad_(False)
     model = chosen.attach(encoder)
+    setattr(encoder, MARK, method)
     return Tuned(method, chosen, model, shape, base)
 
 

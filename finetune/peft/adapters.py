@@ -77,7 +77,6 @@ class Houlsby(Method):
         return made
 
     def expected(self, shape: Shape) -> int:
-        """See the class."""
         places = shape.L * shape.branches * (2 if self.after == "both" else 1)
         return places * bottleneck_size(shape.D, self.dim)
 
@@ -113,7 +112,6 @@ class AdaptFormer(Method):
         return made
 
     def expected(self, shape: Shape) -> int:
-        """See the class."""
         return shape.L * shape.branches * bottleneck_size(shape.D, self.dim)
 
 

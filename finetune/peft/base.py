@@ -18,6 +18,7 @@ from ...pretrain.encoder import Encoder
 from .shape import Shape
 
 WEIGHTS = "adapter.safetensors"
+MARK = "tuned_with"  # attribute of an encoder that carries a method
 
 
 class Method(Section):
@@ -155,4 +156,6 @@ class Tuned(nn.Module):
         Raises:
             UserError: the method cannot be merged.
         """
-        return self.method.merged(self.model)
+        vit = self.method.merged(self.model)
+        delattr(vit, MARK)
+        return vit

@@ -99,6 +99,5 @@ class DVPT(Method):
         return Dynamic(vit, self)
 
     def expected(self, shape: Shape) -> int:
-        """See the class."""
         D, L, m, r = shape.D, shape.L, self.num_prompts, self.dim
         return 2 * m * D + math.ceil(L / self.period(L)) * (2 * D * r + r + D + 1)

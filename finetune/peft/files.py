@@ -25,7 +25,7 @@ from ...engine.tensors import read_into
 from ...pretrain.encoder import Encoder
 from . import apply
 from .base import Tuned
-from .low_rank import from_peft
+from .low_rank import classifier, from_peft
 
 ADAPTER = "miram.adapter/1"
 CARD, HEAD, CONFIG = "adapter.json", "head.safetensors", "adapter_config.json"
@@ -73,6 +73,9 @@ def load(folder: Path, encoder: Encoder, force: bool = False) -> Tuned:
     if card["classes"]:
         tuned.set_head(card["classes"])
         read_into(folder / HEAD, tuned.head.state_dict().items())
+    elif (folder / CONFIG).is_file() and (head := classifier(folder)):
+        tuned.set_head(len(head["weight"]))
+        tuned.head.load_state_dict(head)
     return tuned
 
 
@@ -89,7 +92,7 @@ def read_card(folder: Path) -> dict[str, Any]:
                 raise UserError(f"{folder / name} is missing or damaged; copy the adapter's folder again")
         return card
     try:
-        name, method = from_peft(json.loads((folder / CONFIG).read_text()))
-    except ValueError as error:
+        name, method = from_peft(dict(json.loads((folder / CONFIG).read_text())))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is damaged: {error}") from error
     return {"method": name, "options": method.model_dump(mode="json"), "base": None, "classes": None}

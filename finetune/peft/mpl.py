@@ -83,5 +83,4 @@ class MPL(Method):
         return max(self.n_ctx - self.remove, 0) + added + (j - 1) * (added - self.remove) if j else self.n_ctx
 
     def expected(self, shape: Shape) -> int:
-        """See the class."""
         return shape.D * self.n_ctx * (1 + self.add * (min(self.depth, shape.L) - 1))

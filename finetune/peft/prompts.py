@@ -253,7 +253,6 @@ class VPTShallow(VPT):
         return Shallow(vit, self)
 
     def expected(self, shape: Shape) -> int:
-        """See the class."""
         return self.num_prompts * shape.D
 
 
@@ -271,7 +270,6 @@ class VPTDeep(VPT):
         return Deep(vit, self)
 
     def expected(self, shape: Shape) -> int:
-        """See the class."""
         return (shape.L - self.start) * self.num_prompts * shape.D
 
 
@@ -296,6 +294,5 @@ class VPTGated(VPT):
         return Gated(vit, self)
 
     def expected(self, shape: Shape) -> int:
-        """See the class."""
         blocks = shape.L - self.start
         return self.num_prompts * shape.D + blocks - 1 + self.temperature * blocks

@@ -83,8 +83,9 @@ class Savit(Method):
         Raises:
             UserError: it has one block only, fewer rows of tokens than regions, no attention apart, no fixed grid.
         """
-        if isinstance(vit, SwinTransformer):
-            model: OverRegions = SwinOverRegions(vit, self.regions)
+        model: OverRegions
+        if isinstance(cast(nn.Module, vit), SwinTransformer):
+            model = SwinOverRegions(vit, self.regions)
             self._low_rank(vit)
         else:
             model = VitOverRegions(vit, self.regions)
@@ -206,7 +207,7 @@ class VitOverRegions(OverRegions):
         """(B, h, w, D) -> the same."""
         tokens, recompute = x.flatten(1, 2), self.encoder.grad_checkpointing and torch.is_grad_enabled()
         for block, angles in zip(self.encoder.blocks[which], rotations(self.encoder, rope, places)[which], strict=True):
-            rotated = {} if angles is None else {"rope": angles}
+            rotated: dict[str, Any] = {} if angles is None else {"rope": angles}
             tokens = checkpoint(block, tokens, **rotated) if recompute else block(tokens, **rotated)
         return tokens.view(x.shape)
 
@@ -255,11 +256,11 @@ def fit_window(block: SwinTransformerBlock, region: tuple[int, int]) -> None:
     By Swin's own rule a window is no larger than the grid and one that covers it does not shift; timm then pads or
     interpolates. Here the smaller window keeps the table of relative positions and takes from it what it has.
     """
-    whole, attention = tuple(block.window_size), cast(Any, block.attn)
+    whole, attention = block.window_size, cast(Any, block.attn)
     block.input_resolution, block.always_partition = region, False
     block.window_size, block.shift_size = block._calc_window_shift(whole)
     (h, w), index = block.window_size, get_relative_position_index(*whole)
-    part = index.view(*whole, *whole)[:h, :w, :h, :w].reshape(h * w, h * w)
+    part = index.view(*whole, *whole)[:h, :w, :h, :w].reshape(h * w, h * w).contiguous()
     attention.relative_position_index = part.to(attention.relative_position_index.device)
     attention.window_size, attention.window_area = (h, w), h * w
     block.window_area = h * w

@@ -9,6 +9,7 @@ from timm.layers.mlp import GluMlp, SwiGLU
 from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
+from ...engine.errors import UserError
 from ...pretrain.encoder import Encoder
 
 
@@ -41,16 +42,23 @@ class Shape:
 
     @classmethod
     def of(cls, vit: Encoder) -> Shape:
-        """Of a ViT; of blocks that make attention and FFN in one step, A, d and H are those of the step."""
+        """Of a ViT; of blocks that make attention and FFN in one step, A, d and H are those of the step.
+
+        Raises:
+            UserError: it is a hybrid of another make, and these letters mean nothing in it.
+        """
         block = cast(Any, vit.blocks[0])
         attention, mlp = _first(block, "num_heads"), _first(block, "fc2")
+        if not isinstance(vit.patch_embed.proj, nn.Conv2d) or not (mlp or hasattr(block, "in_proj")):
+            name = cast(Any, vit).pretrained_cfg.get("architecture", "it")
+            raise UserError(f"{name} is no plain ViT: its patches or FFNs are made otherwise; choose another encoder")
         head_dim = attention.head_dim
         norms = [part for name in ("norm_pre", "norm", "fc_norm") for part in [getattr(vit, name)] if _learns(part)]
         return cls(
             D=vit.embed_dim,
             L=len(vit.blocks),
             A=attention.num_heads * head_dim * (1 + hasattr(attention, "lambda_init")),  # differential: two of d a head
-            H=(mlp.fc2 if mlp else block.mlp_out_proj).in_features,
+            H=mlp.fc2.in_features if mlp else block.in_proj.out_features - 3 * vit.embed_dim,
             d=head_dim,
             p=vit.patch_embed.patch_size[0],
             C=vit.patch_embed.proj.in_channels,
@@ -58,7 +66,7 @@ class Shape:
             prefix=vit.num_prefix_tokens,
             positions=0 if vit.pos_embed is None else vit.pos_embed.shape[1],
             fused=getattr(attention, "qkv", None) is not None,
-            grouped=any(getattr(part, "num_kv_groups", 1) > 1 for part in vit.modules()),
+            grouped=_grouped(vit),
             branches=len(getattr(block, "attns", [0])),
             gates=2 if isinstance(mlp, GluMlp | SwiGLU) else 1,
             joined=isinstance(mlp, GluMlp),
@@ -82,6 +90,10 @@ def _first(module: nn.Module, attribute: str) -> Any:
     return next((part for part in module.modules() if hasattr(part, attribute)), None)
 
 
+def _grouped(vit: Encoder) -> bool:
+    return any(getattr(part, "num_kv_groups", 1) > 1 for part in vit.modules())
+
+
 def _learns(module: Any) -> bool:
     return isinstance(module, nn.Module) and any(True for _ in module.parameters())
 
@@ -95,9 +107,10 @@ def _qkv_biases(attention: Any) -> int:
 
 
 def _plain(vit: Encoder, block: nn.Module, attention: Any, mlp: Any, norms: list[nn.Module]) -> bool:
-    """Whether the letters tell every tensor: no map pooling, stem, learnt rotation, gate, or norm without a bias."""
+    """Whether the letters tell every tensor: no map pooling, stem, learnt rotation or gate, as many keys as queries."""
     unusual = (
         mlp is None,
+        _grouped(vit),
         type(vit.patch_embed) is not PatchEmbed or _learns(vit.patch_embed.norm),
         _learns(getattr(vit, "attn_pool", None)) or _learns(getattr(vit, "rope", None)),
         hasattr(attention, "lambda_q1") or getattr(attention, "gate", None) is not None,

@@ -72,8 +72,10 @@ class SSF(Method):
         ScaleShift(last_norm(vit), vit.embed_dim)
         return vit
 
-    def expected(self, shape: Shape) -> int:
-        """See the class."""
+    def expected(self, shape: Shape) -> int | None:
+        """See the class; none where some blocks have fewer keys than queries."""
+        if shape.grouped:
+            return None
         qkv = sum(shape.linear(role)[1] for role in "qkv")
         half = 4 * shape.D + qkv + shape.gates * shape.H
         return 2 * (2 * shape.D + shape.L * shape.branches * half)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,17 @@ OPTIONS: dict[str, dict[str, Any]] = {  # small enough for two blocks of width 4
     "vpt_gated": {"num_prompts": 3},
     "dvpt": {"num_prompts": 3, "dim": 4, "share_every": 1},
 }
-REFUSED: dict[str, set[str]] = {}  # method: kinds it says it cannot stand on
-PAIRS = [(method, kind) for method in METHODS for kind in VITS if kind not in REFUSED.get(method, ())]
-MERGING = [(method, kind) for method, kind in PAIRS if METHODS[method].merges]
-every = pytest.mark.parametrize(("method", "kind"), PAIRS)
+KINDS = ("class token", "no class token", "registers, LayerScale", "rotary, registers", "things in parallel")
+everywhere = pytest.mark.parametrize(("method", "kind"), [(method, kind) for method in METHODS for kind in VITS])
+
+
+def on_kinds(methods: Iterable[str]) -> Any:
+    """Each method on a few kinds; on the others too among the slow tests."""
+    pairs = [(m, k, [] if k in KINDS else [pytest.mark.slow]) for m in methods for k in VITS]
+    return pytest.mark.parametrize(("method", "kind"), [pytest.param(m, k, marks=marks) for m, k, marks in pairs])
+
+
+every = on_kinds(METHODS)
 
 
 def tuned(method: str, kind: str) -> Tuned:
@@ -67,7 +75,7 @@ def train(model: Tuned, x: Tensor, steps: int) -> None:
     model.eval()
 
 
-@every
+@everywhere
 def test_the_count_is_the_closed_form(method: str, kind: str) -> None:
     model = tuned(method, kind)
     total = sum(p.numel() for p in model.model.parameters())
@@ -75,7 +83,7 @@ def test_the_count_is_the_closed_form(method: str, kind: str) -> None:
     assert model.expected == model.trainable or (model.expected is None and method in ("full", "bitfit", "ln"))
 
 
-@every
+@everywhere
 @torch.no_grad()
 def test_an_additive_method_begins_as_the_encoder(method: str, kind: str) -> None:
     x, model = images(kind), tuned(method, kind)
@@ -84,7 +92,7 @@ def test_an_additive_method_begins_as_the_encoder(method: str, kind: str) -> Non
     assert model(x).shape == (4, 48)
 
 
-@every
+@everywhere
 def test_every_tensor_that_learns_has_a_gradient_after_one_step(method: str, kind: str) -> None:
     model = tuned(method, kind)
     model.set_head(2)
@@ -165,7 +173,7 @@ def test_half_precision_gives_about_the_same(method: str, kind: str) -> None:
     assert F.cosine_similarity(rough.float(), exact, dim=1).min() > 0.98
 
 
-@pytest.mark.parametrize(("method", "kind"), MERGING)
+@on_kinds(name for name, method in METHODS.items() if method.merges)
 @torch.no_grad()
 def test_merged_computes_the_same_and_is_a_plain_encoder(method: str, kind: str) -> None:
     x, model = images(kind), moved(tuned(method, kind))
@@ -177,12 +185,6 @@ def test_merged_computes_the_same_and_is_a_plain_encoder(method: str, kind: str)
     assert merged.state_dict().keys() - {n for n in merged.state_dict() if n.endswith("bias")} == (
         plain.state_dict().keys() - {n for n in plain.state_dict() if n.endswith("bias")}
     )
-
-
-@pytest.mark.parametrize(("method", "kind"), [(m, k) for m, kinds in REFUSED.items() for k in kinds])
-def test_a_method_says_where_it_cannot_stand(method: str, kind: str) -> None:
-    with pytest.raises(UserError, match=r"use|choose"):
-        tuned(method, kind)
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.merges])
