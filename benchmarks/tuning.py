@@ -76,8 +76,10 @@ def main() -> None:
         print(json.dumps(measure(args, *json.loads(args.only))))
         return
     assert {name for name, _ in VARIANTS} == METHODS.keys(), "a method is not measured"
-    lines = list(table(args))
-    print("\n".join(lines))
+    lines = []
+    for line in table(args):
+        lines.append(line)
+        print(line, flush=True)
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
     sys.exit("FAIL" in lines[-1])

@@ -86,6 +86,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     embed = encoder.patch_embed
     return {
         "architecture": config.get("architecture") or type(encoder).__name__,
+        "heads": next(part.num_heads for part in encoder.modules() if hasattr(part, "num_heads")),
         "image_size": list(embed.img_size),
         "channels": embed.proj.in_channels,
         "digest": weights_digest(encoder),

@@ -3,8 +3,8 @@
 FOLDER/adapter.safetensors    the tensors that learnt, by their names in the model; of lora, dora and ia3 instead
 FOLDER/adapter_model.safetensors + adapter_config.json    as the peft library writes and reads them
 FOLDER/head.safetensors       weight (classes, D) and bias (classes,), if there is a head
-FOLDER/adapter.json           {"schema", "method", "options", "base": {"architecture", "image_size", "channels",
-                              "digest"}, "classes": 2 or null, "trainable", "frozen", "expected",
+FOLDER/adapter.json           {"schema", "method", "options", "base": {"architecture", "heads", "image_size",
+                              "channels", "digest"}, "classes": 2 or null, "trainable", "frozen", "expected",
                               "files": {NAME: sha256}}, written last
 
 A folder that peft wrote has no adapter.json: it is read too, without a check of the encoder.
@@ -64,10 +64,10 @@ def load(folder: Path, encoder: Encoder, force: bool = False) -> Tuned:
     """
     card = read_card(folder)
     tuned = apply(encoder, card["method"], **card["options"])
-    if not force and card["base"] and card["base"]["digest"] != tuned.base["digest"]:
+    if not force and card["base"] and (odd := [key for key in tuned.base if card["base"].get(key) != tuned.base[key]]):
         raise UserError(
-            f"{folder} was tuned on another encoder ({card['base']['architecture']}, weights "
-            f"{card['base']['digest'][:12]}; these are {tuned.base['digest'][:12]}); load that one, or force it"
+            f"{folder} was tuned on another encoder: its {', '.join(odd)} differ "
+            f"({card['base'].get(odd[0])!s:.40}, here {tuned.base[odd[0]]!s:.40}); load that one, or force it"
         )
     tuned.method.read(tuned.model, folder)
     if card["classes"]:

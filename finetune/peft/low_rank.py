@@ -112,7 +112,7 @@ class PeftMethod(Method):
         """Read what `write`, or peft, wrote; a head in it is left to `classifier`.
 
         Raises:
-            UserError: the names or shapes are not those of this model, or the file is a pickle.
+            UserError: the names or shapes are not those of this model, or the file is no safetensors.
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -333,7 +333,7 @@ def classifier(folder: Path) -> dict[str, Tensor]:
 def _tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists():
         raise UserError(
-            f"{folder / PICKLED} is a pickle, which can run code and is not read; save the adapter again with "
+            f"{folder / PICKLED} can run code and is not read; save the adapter again with "
             "peft's save_pretrained(safe_serialization=True)"
         )
     return read_tensors(folder / WEIGHTS)
