@@ -10,7 +10,7 @@ if __name__ != "miram":
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .pretrain.encoder import load_encoder
+    from .pretrain.weights.loading import load_encoder
 
 __all__ = ["__version__", "load_encoder"]
 
@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
     """`miram.load_encoder`, imported when asked for: `miram --help` need not wait for torch."""
     if name != "load_encoder":
         raise AttributeError(f"module 'miram' has no attribute {name!r}")
-    from .pretrain.encoder import load_encoder
+    from .pretrain.weights.loading import load_encoder
 
     return load_encoder

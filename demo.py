@@ -14,8 +14,8 @@ from .engine.report import write_report
 from .engine.run import Run
 from .engine.track import console
 from .finetune.config import ProbeConfig
-from .finetune.linear import outer_folds, read_task
 from .finetune.probe import probe
+from .finetune.task import outer_folds, read_task
 from .pretrain.config import PretrainConfig
 from .pretrain.stage import pretrain
 

@@ -11,56 +11,79 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from ..engine.metrics import chance
-from .linear import Judgement, Task
+from .task import Task
+from .trial import Probed
 
-CAPTION = "Left: how the judged images were classified. Right: the metric in each fold; a line joins an encoder's mean."
-ACCENT, PALE = "#2f6f9f", "#9aa5b1"
+CAPTION = (
+    "Left: how the first probe classified the judged images. Right: the metric in each fold, a dot each; a bar is an "
+    "encoder's mean over folds, the dotted line what the majority class scores."
+)
+ACCENT, PALE, FAINT = "#2f6f9f", "#9aa5b1", "#d0d5da"
+BESIDE = ("#c8561b", "#5a5fc0", "#4d8032", "#a83279", "#a3790a")
 
 
-def draw_probe(path: Path, task: Task, probed: Sequence[tuple[str, Judgement, list[float]]]) -> None:
-    """ROC curves or the confusion matrix, and the folds' figures beside them."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+def draw_probe(path: Path, task: Task, probed: Sequence[Probed]) -> None:
+    """ROC curves or the confusion matrix of the first method, and every method's folds beside them."""
+    height = max(3.6, 0.9 + 0.22 * len(probed))
+    figure = Figure(figsize=(9.5, height), layout="constrained")
     left, right = figure.subplots(1, 2)
+    headline = [p for p in probed if p.method == probed[0].method]
     if task.metric == "AUC":
-        draw_roc(left, task, probed)
+        draw_roc(left, task, headline)
     else:
-        draw_confusion(left, task, probed[0][1])
-    draw_folds(right, task, [(name, folds) for name, _, folds in probed])
+        draw_confusion(left, task, headline[0])
+    draw_folds(right, task, probed)
     figure.savefig(path, dpi=130)
 
 
-def draw_roc(axis: Axes, task: Task, probed: Sequence[tuple[str, Judgement, list[float]]]) -> None:
-    """One curve an encoder."""
-    for i, (name, judgement, _) in reversed(list(enumerate(probed))):
-        fpr, tpr, _ = roc_curve(task.truth[judgement.images], judgement.probabilities[:, 1])
-        axis.plot(fpr, tpr, color=PALE if i else ACCENT, linewidth=1 if i else 2, label=name)
-    axis.plot([0, 1], [0, 1], color="#d0d5da", linestyle=":")
+def colours(probed: Sequence[Probed]) -> dict[str, str]:
+    """A colour for every encoder: the first one's, one each beside it, and pale for random weights."""
+    of = {p.encoder.name: PALE if p.encoder.role == "control" else ACCENT for p in probed}
+    beside = dict.fromkeys(p.encoder.name for p in probed if p.encoder.role == "beside")
+    return of | {name: BESIDE[i % len(BESIDE)] for i, name in enumerate(beside)}
+
+
+def draw_roc(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
+    """One curve an encoder; random weights share a line of the legend."""
+    colour, controls = colours(probed), [p for p in probed if p.encoder.role == "control"]
+    for p in reversed(probed):
+        fpr, tpr, _ = roc_curve(task.truth[p.judgement.images], p.judgement.probabilities[:, 1])
+        name = "random weights" if p in controls[:1] else "" if p in controls else p.encoder.name
+        width = 2 if p.encoder.role == "first" else 1
+        axis.plot(fpr, tpr, color=colour[p.encoder.name], linewidth=width, label=name or None)
+    axis.plot([0, 1], [0, 1], color=FAINT, linestyle=":")
     axis.set(xlabel="1 - specificity", ylabel=f"sensitivity for {task.name} = {task.classes[1]}", aspect="equal")
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_title(probed[0].method, fontsize=9)
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="lower right")
 
 
-def draw_confusion(axis: Axes, task: Task, judgement: Judgement) -> None:
+def draw_confusion(axis: Axes, task: Task, probed: Probed) -> None:
     """Rows: truth; columns: the most probable class; shares of the row."""
-    counts = confusion_matrix(
-        task.truth[judgement.images], judgement.probabilities.argmax(1), labels=range(len(task.classes))
-    )
+    judgement, ticks = probed.judgement, range(len(task.classes))
+    counts = confusion_matrix(task.truth[judgement.images], judgement.probabilities.argmax(1), labels=ticks)
     shares = counts / counts.sum(1, keepdims=True)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
-        axis.text(
-            column, row, f"{counts[row, column]}", ha="center", va="center", color="white" if share > 0.55 else "black"
-        )
-    ticks = range(len(task.classes))
+        colour = "white" if share > 0.55 else "black"
+        axis.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour)
     axis.set(xticks=ticks, yticks=ticks, xticklabels=task.classes, yticklabels=task.classes)
-    axis.set(xlabel="judged", ylabel=f"true {task.name}", title="pretrained encoder")
+    axis.set(xlabel="judged", ylabel=f"true {task.name}")
+    axis.set_title(f"{probed.method}, {probed.encoder.name} encoder", fontsize=9)
 
 
-def draw_folds(axis: Axes, task: Task, probed: Sequence[tuple[str, list[float]]]) -> None:
-    """Every fold's figure as a dot, encoder by encoder, over what the majority class scores."""
-    for i, (_, folds) in enumerate(probed):
-        colour = PALE if i else ACCENT
-        axis.plot([i] * len(folds), folds, "o", color=colour, alpha=0.8, markersize=5)
-        axis.hlines(np.mean(folds), i - 0.25, i + 0.25, color=colour, linewidth=2)
-    axis.axhline(chance(task.metric, len(task.classes)), color="#d0d5da", linestyle=":")
-    axis.set(xticks=range(len(probed)), xticklabels=[name for name, _ in probed], ylabel=f"{task.metric}, {task.name}")
+def draw_folds(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
+    """A row for every encoder, method after method: its figure in every fold, and their mean."""
+    colour, methods = colours(probed), list(dict.fromkeys(p.method for p in probed))
+    ordered = sorted(probed, key=lambda p: methods.index(p.method))
+    places = [row + methods.index(p.method) for row, p in enumerate(ordered)]  # an empty row before each method
+    for place, p in zip(places, ordered, strict=True):
+        axis.plot(p.folds, [place] * len(p.folds), "o", color=colour[p.encoder.name], alpha=0.6, markersize=4)
+        axis.vlines(np.mean(p.folds), place - 0.35, place + 0.35, color=colour[p.encoder.name], linewidth=2.5)
+    axis.axvline(chance(task.metric, len(task.classes)), color=FAINT, linestyle=":")
+    axis.set_yticks(places, [p.encoder.name for p in ordered], fontsize=8)
+    axis.set(ylim=(max(places) + 0.7, -0.7 - (len(methods) > 1)), xlabel=f"{task.metric}, {task.name}")
     axis.spines[["top", "right"]].set_visible(False)
+    for method in methods if len(methods) > 1 else []:
+        row = places[[p.method for p in ordered].index(method)] - 0.75
+        axis.text(0.01, row, method, transform=axis.get_yaxis_transform(), fontsize=8, weight="bold", va="center")

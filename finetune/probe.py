@@ -1,43 +1,37 @@
-"""The probe stage: an encoder and a labelled data set in, figures with intervals out."""
+"""The probe stage: encoders and a labelled data set in, figures with intervals out.
+
+    RUN/result.json              the headline (first method, first encoder), then a row for every method and encoder
+    RUN/predictions.csv          the headline's probabilities, one row a judged image
+    RUN/predictions_METHOD.csv   those of the other methods
+    RUN/../features/             cached features, shared by the runs beside this one
+
+Every encoder is judged by every method on the same images and folds, and compared on the same bootstrap samples.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..data.opening import open_shards
-from ..data.shards import ShardDataset
 from ..engine.config import load
 from ..engine.files import read_json, write_atomic
-from ..engine.metrics import Estimate, Floats, bootstrap_scores, chance, patient_bootstrap, score
+from ..engine.metrics import Estimate, chance
 from ..engine.run import RESULT, Run, open_run
-from ..engine.seeding import stable_seed
-from ..pretrain.encoder import Encoder, encoder_digest, load_encoder, random_like, read_provenance
-from .config import ProbeConfig
-from .features import cached_features
+from ..pretrain.weights.loading import encoder_digest, read_provenance
+from .config import Method, ProbeConfig
 from .figures import CAPTION, draw_probe
-from .linear import Fold, Judgement, Task, fold_scores, judge, outer_folds, read_task
+from .trial import Contestant, Probed, Trial, contestants, images_seen
 
-
-@dataclass(frozen=True)
-class Probed:
-    """One encoder's judgement, its figure and the figure's bootstrap samples."""
-
-    name: str
-    judgement: Judgement
-    value: float
-    samples: Floats
-    folds: list[float]
-
-    @property
-    def estimate(self) -> Estimate:
-        """The figure with its interval."""
-        return Estimate.of(self.value, self.samples)
+CHOICES: Mapping[Method, str] = {
+    "linear": "C of linear",
+    "sweep": "learning rate, block and pooling of sweep",
+    "knn": "number of neighbours and temperature of knn",
+    "attentive": "nothing of attentive, whose recipe is fixed",
+}
 
 
 def probe(config: str, arguments: Sequence[str] = ()) -> Run:
@@ -48,68 +42,32 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
     """
     settings = load(ProbeConfig, config, arguments)
     trial = Trial.of(settings)
-    encoders = list(named_encoders(settings))
-    inputs = trial.shards.inputs | {"encoder": encoder_digest(settings.probe.encoder)}
+    encoders = contestants(settings)
+    named = {"encoder" if e.role == "first" else f"encoder {e.name}": e for e in encoders if e.role != "control"}
+    inputs = trial.shards.inputs | {name: encoder_digest(e.source) for name, e in named.items()}
     run = open_run(settings, settings.out, "probe", inputs)
     if run.finished:
         print(f"{run.folder} is finished; nothing to do")
         say(read_json(run.folder / "result.json", RESULT))
         return run
     with run.recorded():
-        probed = [trial.probe(name, vit, run.folder.parent / "features") for name, vit in encoders]
+        probed = [p for encoder in encoders for p in trial.probe(encoder, run.folder.parent / "features")]
         write_result(run, trial, probed)
-        write_predictions(run, trial, probed[0].judgement)
+        write_predictions(run, trial, probed)
         figure = run.caption({"probe.png": CAPTION}) / "probe.png"
-        draw_probe(figure, trial.task, [(p.name, p.judgement, p.folds) for p in probed])
+        draw_probe(figure, trial.task, probed)
     say(read_json(run.folder / "result.json", RESULT))
     return run
 
 
-def named_encoders(settings: ProbeConfig) -> Iterator[tuple[str, Encoder]]:
-    """The encoder, then its controls with random weights."""
-    yield "pretrained", load_encoder(settings.probe.encoder)
-    for i in range(settings.probe.controls):
-        seed = stable_seed(settings.seed, "control", i) % 2**63
-        yield f"random {i + 1}", random_like(settings.probe.encoder, seed)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What is the same for every encoder: images, task, folds, C grid, bootstrap samples."""
-
-    settings: ProbeConfig
-    shards: ShardDataset
-    task: Task
-    splits: list[Fold]
-    split_name: str
-
-    @classmethod
-    def of(cls, settings: ProbeConfig) -> Trial:
-        """Read data and task.
-
-        Raises:
-            UserError: the data has no such task, or too few patients for the folds.
-        """
-        shards = open_shards(settings.data)
-        task = read_task(shards, settings.data.task)
-        return cls(settings, shards, task, *outer_folds(task, settings.probe.folds, settings.seed))
-
-    def probe(self, name: str, vit: Encoder, cache: Path) -> Probed:
-        """Features, judgement and figure of one encoder."""
-        section, task, seed = self.settings.probe, self.task, self.settings.seed
-        features = cached_features(vit, self.shards, section.pool, section.batch_size, cache, name)
-        judgement = judge(features[task.chosen], task, self.splits, section.c_grid, section.inner_folds, seed)
-        truth, patients = task.truth[judgement.images], task.patients[judgement.images]
-        weights = patient_bootstrap(truth, patients, section.replicates, seed)
-        samples = bootstrap_scores(task.metric, truth, judgement.probabilities, weights)
-        value = score(task.metric, truth, judgement.probabilities)
-        return Probed(name, judgement, value, samples, fold_scores(task, judgement))
+# ---------------------------------------------------------------------------------------------- what is written
 
 
 def write_result(run: Run, trial: Trial, probed: list[Probed]) -> None:
-    """result.json: the encoder's figure first, then every other row, then differences on the same bootstrap samples."""
-    first, controls, task, split = probed[0], probed[1:], trial.task, trial.settings.data.split
+    """result.json: the headline's figure first, then every row, then differences on the same bootstrap samples."""
+    first, task, split = probed[0], trial.task, trial.settings.data.split
     judged = first.judgement.images
+    encoders = [p for p in probed if p.method == first.method and p.encoder.role != "control"]
     run.result(
         {
             "task": task.name,
@@ -120,53 +78,57 @@ def write_result(run: Run, trial: Trial, probed: list[Probed]) -> None:
             "n_images": len(judged),
             "n_patients": len(np.unique(task.patients[judged])),
             "classes": {name: int((task.truth[judged] == k).sum()) for k, name in enumerate(task.classes)},
-            "rows": list(rows(task, first, controls)),
-            "differences": list(differences(first, controls)),
+            "rows": list(rows(trial, probed)),
+            "differences": list(differences(trial, probed)),
             "notes": notes(trial, task.chosen[judged].tolist()),
+            "encoders": [{"name": p.encoder.name, "encoder": p.encoder.source, "keys": p.keys} for p in encoders],
         }
     )
 
 
-def rows(task: Task, first: Probed, controls: list[Probed]) -> Iterator[dict[str, object]]:
-    """Every encoder, the controls' mean, and the majority class."""
-    for p in (first, *controls):
-        detail = (
-            f"C {', '.join(f'{c:g}' for c in p.judgement.chosen_c)}; folds {', '.join(f'{v:.3f}' for v in p.folds)}"
-        )
-        name = f"{p.name} encoder" if p is first else f"{p.name} weights"
-        yield {"name": name, "value": p.value, "interval": p.estimate.interval, "detail": detail}
-    if controls:
-        mean = mean_of(controls)
-        yield {"name": f"mean of {len(controls)} random", "value": mean.value, "interval": mean.interval}
-    yield {"name": "majority class", "value": chance(task.metric, len(task.classes)), "interval": None}
+def by_method(trial: Trial, probed: list[Probed]) -> Iterator[tuple[str, list[Probed], list[Probed]]]:
+    """What rows of a method are called by (nothing where there is one method), its encoders and its controls."""
+    for method in trial.settings.probe.methods:
+        of = [p for p in probed if p.method == method]
+        prefix = f"{method}: " if len(trial.settings.probe.methods) > 1 else ""
+        yield prefix, [p for p in of if p.encoder.role != "control"], [p for p in of if p.encoder.role == "control"]
 
 
-def differences(first: Probed, controls: list[Probed]) -> Iterator[dict[str, object]]:
-    """The encoder against the mean of its controls, patient sample by patient sample."""
-    if controls:
-        gap = Estimate.of(
-            first.value - mean_of(controls).value, first.samples - np.mean([c.samples for c in controls], axis=0)
-        )
-        name = f"pretrained - mean of {len(controls)} random"
-        yield {"name": name, "value": gap.value, "interval": gap.interval}
+def rows(trial: Trial, probed: list[Probed]) -> Iterator[dict[str, object]]:
+    """For each method every encoder and the controls' mean; at last the majority class."""
+    called = {"first": "{} encoder", "beside": "{}", "control": "{} weights"}
+    for prefix, encoders, controls in by_method(trial, probed):
+        for p in (*encoders, *controls):
+            detail = f"{tally(p.judgement.chosen)}; by fold {', '.join(f'{v:.3f}' for v in p.folds)}"
+            name = prefix + called[p.encoder.role].format(p.encoder.name)
+            yield {"name": name, "value": p.value, "interval": p.estimate.interval, "detail": detail}
+        if len(controls) > 1:
+            mean = mean_of(controls)
+            name = f"{prefix}mean of {len(controls)} random"
+            yield {"name": name, "value": mean.value, "interval": mean.interval}
+    majority = chance(trial.task.metric, len(trial.task.classes))
+    yield {"name": "majority class", "value": majority, "interval": None}
 
 
-def images_seen(trial: Trial, judged: Sequence[int]) -> int | None:
-    """How many of the judged rows the encoder was pretrained on, by its provenance; None where that cannot be told."""
-    provenance = read_provenance(trial.settings.probe.encoder)
-    known = {(data["dataset"], data["records"]) for data in provenance.get("data", [])}
-    sources = zip(trial.shards.roots, trial.shards.manifests, strict=True)
-    roots = {root for root, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
-    of = [(trial.shards.root(i), trial.shards.splits[i]) for i in judged]
-    here = [split for root, split in of if root in roots]
-    seen = provenance.get("split")
-    if seen is None or not here:
-        return len(here)
-    data = trial.settings.data
-    if (provenance.get("split_digest", ""), provenance.get("fold")) != (trial.shards.split_digest, data.fold):
-        return None
-    undivided = not any(trial.shards.every.column("split")) and not trial.shards.split_digest
-    return len(here) if undivided else sum(split == seen.partition("-")[0] for split in here)
+def tally(chosen: Sequence[str]) -> str:
+    """What was chosen, the most frequent first, and in how many folds: `C 10 in 4 of 5; C 1 in 1`."""
+    (first, most), *others = Counter(chosen).most_common()
+    if not others:
+        return first
+    return "; ".join([f"{first} in {most} of {len(chosen)}", *(f"{what} in {n}" for what, n in others)])
+
+
+def differences(trial: Trial, probed: list[Probed]) -> Iterator[dict[str, object]]:
+    """For each method the first encoder against those beside it and its controls' mean, patient sample by sample."""
+    for prefix, (first, *beside), controls in by_method(trial, probed):
+        others = [(p.encoder.name, [p]) for p in beside]
+        if controls:
+            others.append((f"mean of {len(controls)} random" if len(controls) > 1 else "random", controls))
+        for name, group in others:
+            samples = first.samples - np.mean([p.samples for p in group], axis=0)
+            gap = Estimate.of(first.value - mean_of(group).value, samples)
+            name = f"{prefix}{first.encoder.name} - {name}"
+            yield {"name": name, "value": gap.value, "interval": gap.interval}
 
 
 def mean_of(probed: list[Probed]) -> Estimate:
@@ -176,36 +138,51 @@ def mean_of(probed: list[Probed]) -> Estimate:
 
 def notes(trial: Trial, judged: Sequence[int]) -> list[str]:
     """How the figures were made, for the reader of the report."""
-    task, settings = trial.task, trial.settings
-    seen = images_seen(trial, judged)
-    told = f"saw {seen or 'none'} of the {len(judged)} judged images, without labels, as far as its provenance tells"
+    task, section = trial.task, trial.settings.probe
+    first, *beside = (e for e in contestants(trial.settings) if e.role != "control")
+    ours = [e for e in beside if read_provenance(e.source)]
     return [
-        f"Pretraining {told}."
-        if seen is not None
-        else "Pretraining used another split of the same data, so it may have seen judged images, without labels.",
-        f"Intervals: 95 %, {settings.probe.replicates} bootstrap samples of patients. They do not cover the "
+        seen(trial, "Pretraining", first, judged),
+        *(seen(trial, f"That of {e.name}", e, judged) for e in ours),
+        f"Intervals: 95 %, {section.replicates} bootstrap samples of patients. They do not cover the "
         "spread over pretraining seeds.",
-        "C is chosen on inner folds of the training patients; no image is judged by a probe that saw its patient.",
+        f"Chosen on inner folds of the training patients: {', '.join(CHOICES[method] for method in section.methods)}; "
+        "no image is judged by a probe that saw its patient.",
         f"{task.metric} over all judged images together, not averaged over folds."
         + (f" AUC is of class {task.classes[1]!r}." if task.metric == "AUC" else ""),
     ]
 
 
-def write_predictions(run: Run, trial: Trial, judgement: Judgement) -> None:
-    """predictions.csv: one row a judged image."""
+def seen(trial: Trial, whose: str, encoder: Contestant, judged: Sequence[int]) -> str:
+    """What pretraining saw of the judged images, as a sentence."""
+    count = images_seen(trial, encoder.source, judged)
+    if count is None:
+        return f"{whose} used another split of the same data, so it may have seen judged images, without labels."
+    told = f"saw {count or 'none'} of the {len(judged)} judged images, without labels"
+    return f"{whose} {told}, as far as its provenance tells."
+
+
+def write_predictions(run: Run, trial: Trial, probed: list[Probed]) -> None:
+    """predictions.csv of the headline, predictions_METHOD.csv of the first encoder's other methods."""
     task = trial.task
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["key", "patient", "truth", "fold", *(f"p_{name}" for name in task.classes)])
-    for image, p, fold in zip(judgement.images, judgement.probabilities, judgement.fold, strict=True):
-        row = trial.shards.rows[task.chosen[image]]
-        table.writerow([row["key"], row["patient"], task.classes[task.truth[image]], fold, *(f"{x:.6f}" for x in p)])
-    write_atomic(run.folder / "predictions.csv", buffer.getvalue())
+    for p in (p for p in probed if p.encoder.role == "first"):
+        buffer = io.StringIO()
+        table = csv.writer(buffer, lineterminator="\n")
+        table.writerow(["key", "patient", "truth", "fold", *(f"p_{name}" for name in task.classes)])
+        judgement = p.judgement
+        for image, found, fold in zip(judgement.images, judgement.probabilities, judgement.fold, strict=True):
+            row = trial.shards.rows[task.chosen[image]]
+            shares = (f"{x:.6f}" for x in found)
+            table.writerow([row["key"], row["patient"], task.classes[task.truth[image]], fold, *shares])
+        name = "predictions.csv" if p is probed[0] else f"predictions_{p.method}.csv"
+        write_atomic(run.folder / name, buffer.getvalue())
 
 
 def say(result: dict[str, object]) -> None:
     """The figures as a few lines."""
     print(f"{result['metric']} of {result['task']}, {result['n_images']} images of {result['n_patients']} patients:")
-    for row in (*result["rows"], *result["differences"]):  # type: ignore[misc]
-        interval = "" if row["interval"] is None else "  [{:.3f}, {:.3f}]".format(*row["interval"])
-        print(f"  {row['name']:<34}{row['value']:.3f}{interval}")
+    told: list[dict[str, object]] = [*result["rows"], *result["differences"]]  # type: ignore[misc]
+    width = max(len(str(row["name"])) for row in told) + 2
+    for row in told:
+        interval = "" if row["interval"] is None else "  [{:.3f}, {:.3f}]".format(*row["interval"])  # type: ignore[misc]
+        print(f"  {row['name']:<{width}}{row['value']:.3f}{interval}")

@@ -15,9 +15,10 @@ from ..engine.errors import UserError
 from ..engine.seeding import stable_seed
 from ..version import __version__
 from .config import ModelSection, PretrainConfig, ScaleSection
-from .encoder import Encoder, EncoderCard, build_encoder, card_for, read_provenance
+from .encoder import Encoder, EncoderCard, build_encoder, card_for
 from .miram import Miram
 from .moco_v3 import MocoV3, initialise_qkv
+from .weights.loading import read_provenance
 from .weights.start import initialise_decoder, initialise_encoder
 
 PretrainObjective = Miram | MocoV3

@@ -29,10 +29,11 @@ from ..engine.signals import StopSignals
 from ..engine.trackers import require_installed, shareable
 from .build import PretrainObjective, build_objective, build_views, encoder_card
 from .config import PretrainConfig
-from .encoder import EncoderCard, encoder_digest, save_encoder
+from .encoder import EncoderCard, save_encoder
 from .moco_v3 import refuse_accumulation
 from .monitors import Monitors
 from .rehearsal import advice, rehearse
+from .weights.loading import encoder_digest
 
 
 def pretrain(

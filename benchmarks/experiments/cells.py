@@ -24,8 +24,8 @@ from miram.benchmarks.experiments.lesions import LesionSettings, make_lesions
 from miram.data.shards import ShardDataset
 from miram.engine.files import read_json, write_json
 from miram.engine.loop import Trainer
-from miram.pretrain.encoder import load_encoder, random_like
 from miram.pretrain.stage import pretrain
+from miram.pretrain.weights.loading import load_encoder, random_like
 
 COST = "miram.experiment.cost/1"
 PRETRAIN_SEED, JUDGE_SEED, CALIBRATE_SEED = 40_001, 40_002, 40_003

@@ -51,7 +51,7 @@ class Album:
 
     def features(self) -> NDArray[np.float32]:
         """(n, D) of the n images that could be read, as the probe takes them: mean of the patch tokens."""
-        return image_features(self.vit, self.windows, len(self.read), "mean")
+        return image_features(self.vit, self.windows, len(self.read))
 
     @cached_property
     def windows(self) -> list[Windows]:

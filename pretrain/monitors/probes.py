@@ -6,6 +6,7 @@ No C is chosen, no interval drawn, and few images are read. `miram probe` makes 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,20 +95,23 @@ def fewest_patients(truth: Ints, patients: NDArray[np.str_], k: int) -> int:
     return min(len(np.unique(patients[truth == i])) for i in range(k))
 
 
-def linear_probe() -> Pipeline:
-    """Logistic regression on standardised features."""
-    return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000, class_weight="balanced"))
+def linear_probe(c: float = C) -> Pipeline:
+    """Logistic regression on standardised features, classes weighted to balance; `finetune` chooses C."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000, class_weight="balanced"))
 
 
-def nearest_neighbours(fitted: int) -> KNeighborsClassifier:
+def nearest_neighbours(
+    fitted: int, neighbours: int = NEIGHBOURS, temperature: float = TEMPERATURE
+) -> KNeighborsClassifier:
     """Each of the nearest k votes exp(cosine / T), as in DINO, which is exp(-distance / T) up to a common factor.
 
     Unlike there, it is given standardised features: those of a masked autoencoder share so large a mean that every
     cosine is near one, and the votes know nothing (measured: chance, against that of the linear probe).
     """
-    return KNeighborsClassifier(min(NEIGHBOURS, fitted), metric="cosine", weights=votes)
+    weights = partial(votes, temperature=temperature)
+    return KNeighborsClassifier(min(neighbours, fitted), metric="cosine", weights=weights)
 
 
-def votes(distances: NDArray[np.float64]) -> NDArray[np.float64]:
+def votes(distances: NDArray[np.float64], temperature: float = TEMPERATURE) -> NDArray[np.float64]:
     """Weights of neighbours at cosine distances, relative to the nearest so that none underflows."""
-    return np.exp((distances.min(-1, keepdims=True) - distances) / TEMPERATURE)
+    return np.exp((distances.min(-1, keepdims=True) - distances) / temperature)

@@ -20,15 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...engine.config import check
-from ...engine.errors import UserError, one_line
+from ...engine.errors import UserError
 from ...engine.files import sha256
 from ...version import __version__
 from ..config import ScaleSection
-from ..encoder import EncoderCard, save_encoder
+from ..encoder import EncoderCard, adapt, save_encoder
 from ..miram import Miram
-from .foreign import Source, read_source, some, weights_file
+from .foreign import Source, read_source, some, understood, weights_file
 from .layouts import DECODER, report, with_adaptations
-from .start import adapt
 
 FILES = ("decoder.safetensors", "encoder.json", "encoder.safetensors")
 
@@ -44,15 +43,11 @@ def convert(
     for name in FILES:
         if (out / name).exists():
             raise UserError(f"{out} already has {name}; name another folder")
-    try:
+    with understood(file):
         source = decoder_that_fits(read_source(file, architecture))
         decoder, averaged = with_channels(source, channels)
         size = parse_size(image_size) or source.vit.patch_embed.img_size
         fates = with_adaptations(source.fates, averaged | adapt(source.vit, size, channels))
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
-        # a stranger's file can be odd in more ways than can be listed
-        said = one_line(str(error))[:200]
-        raise UserError(f"{file} is not understood ({type(error).__name__}: {said}); is it a plain ViT's?") from error
     card = card_of(source, file, size, channels)
     write(out, source, decoder, card)
     totals = ", ".join(f"{sum(f.verdict == v for f in fates)} {v}" for v in ("taken", "adapted", "dropped"))

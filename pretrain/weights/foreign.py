@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
@@ -17,15 +18,15 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ...engine.errors import UserError, one_line
-from ..encoder import RESERVED, Encoder, EncoderCard, build_encoder, card_for, find_card, load_encoder
+from ..encoder import RESERVED, Encoder, EncoderCard, build_encoder, card_for, find_card, load_ours
 from .hub import NAMES, HubConfig, read_config
 from .layouts import Fate, Weights, translate
-from .start import read_decoder
 
 USUAL = {  # width: timm's name, patch, depth, heads
     192: ("vit_tiny_patch16_224", 16, 12, 3),
@@ -54,7 +55,7 @@ def read_source(file: Path, architecture: str | None) -> Source:
     Raises:
         UserError: it cannot be read, or its architecture is unknown or another.
     """
-    if (file / "encoder.json").is_file() or (file.suffix == ".safetensors" and file.with_suffix(".json").is_file()):
+    if is_ours(file):
         return read_ours(file)
     path = weights_file(file)
     state, dropped = tensors_of(read_tensors(path), path)
@@ -75,13 +76,33 @@ def read_source(file: Path, architecture: str | None) -> Source:
     )
 
 
+@contextmanager
+def understood(file: Path) -> Iterator[None]:
+    """Whatever a stranger's file makes go wrong is said of that file.
+
+    Raises:
+        UserError: something did.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
+        # it can be odd in more ways than can be listed
+        said = one_line(str(error))[:200]
+        raise UserError(f"{file} is not understood ({type(error).__name__}: {said}); is it a plain ViT's?") from error
+
+
+def is_ours(file: Path) -> bool:
+    """Whether this project wrote it: the card beside the weights says so."""
+    return (file / "encoder.json").is_file() or (file.suffix == ".safetensors" and file.with_suffix(".json").is_file())
+
+
 def read_ours(file: Path) -> Source:
     """An encoder that this project wrote, with a decoder if there is one beside it.
 
     Raises:
         UserError: it is damaged.
     """
-    vit, (path, card) = load_encoder(file), find_card(str(file))
+    (vit, card), path = load_ours(str(file)), find_card(str(file))[0]
     beside = path.with_name("decoder.safetensors")
     decoder, heads = read_decoder(beside) if beside.is_file() else ({}, 16)
     fates = [Fate(key, "taken", target=key) for key in (*vit.state_dict(), *decoder)]
@@ -136,6 +157,19 @@ def tensors_of(content: Any, path: Path) -> tuple[dict[str, Tensor], list[Fate]]
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     real = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     return real, [Fate(str(key), "dropped", "no weights of the model") for key in around]
+
+
+def read_decoder(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a decoder.safetensors and its attention heads.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return load_file(path), int(file.metadata()["heads"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is no decoder that `miram convert` wrote: {one_line(str(error))}") from error
 
 
 # ---------------------------------------------------------------------------------------------- architecture
@@ -275,8 +309,7 @@ def load_into(vit: Encoder, weights: Weights, card: EncoderCard, path: Path) -> 
     Raises:
         UserError: they are those of another architecture.
     """
-    state = {key: tensor for key, tensor in weights.encoder.items() if not re.search(r"\brope\.(?!freqs)", key)}
-    wanted, found = vit.state_dict().keys(), state.keys()
+    wanted, found = vit.state_dict().keys(), weights.encoder.keys()
     lacks, over = sorted(wanted - found), sorted(found - wanted)
     if lacks or over:
         raise UserError(
@@ -284,7 +317,7 @@ def load_into(vit: Encoder, weights: Weights, card: EncoderCard, path: Path) -> 
             "name what it is with --architecture"
         )
     try:
-        vit.load_state_dict(state)
+        vit.load_state_dict(weights.encoder)
     except RuntimeError as error:
         raise UserError(
             f"{path} is no {card.architecture}: {one_line(str(error))[:300]}; see --architecture"

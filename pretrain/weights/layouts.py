@@ -151,6 +151,8 @@ def superfluous(target: str, no_decoder: str) -> str:
         return no_decoder
     if target == "decoder_pos_embed":
         return "computed here, to the same values"
+    if re.search(r"\brope\.(?!freqs)", target):
+        return "angles are computed here"
     if re.match(r"(head|head_dist|classifier|pooler|fc_norm|attn_pool)\b", target):
         return "what follows the tokens is no part of an encoder"
     return ""

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...engine.errors import UserError, one_line
-from ..encoder import Encoder, load_encoder, load_timm, set_channels, set_image_size
+from ..encoder import Encoder, adapt, load_ours
+from .foreign import read_decoder
 from .layouts import DECODER, Fate, report, superfluous, with_adaptations
+from .loading import load_timm
 
 
 def initialise_encoder(vit: Encoder, init: str) -> list[str]:
@@ -34,7 +34,7 @@ def initialise_encoder(vit: Encoder, init: str) -> list[str]:
     Raises:
         UserError: there is no such source, or its architecture is another.
     """
-    source = load_timm(init.removeprefix("timm:")) if init.startswith("timm:") else load_encoder(init)
+    source = load_timm(init.removeprefix("timm:")) if init.startswith("timm:") else load_ours(init)[0]
     theirs, ours = outline(source), outline(vit)
     if theirs != ours:
         raise UserError(f"init {init} is {theirs}, model.encoder is {ours}; set model.encoder to what init is")
@@ -48,21 +48,6 @@ def initialise_encoder(vit: Encoder, init: str) -> list[str]:
     except RuntimeError as error:
         raise UserError(f"init {init} does not fit model.encoder: {one_line(str(error))}") from error
     return [f"init {init}: {theirs}", *report(with_adaptations(fates, adapted))]
-
-
-def adapt(vit: Encoder, size: tuple[int, int], channels: int) -> dict[str, str]:
-    """Give an encoder another input in place; returns what happened to which tensor.
-
-    Raises:
-        UserError: the size is no multiple of the patch.
-    """
-    several = channels != vit.patch_embed.proj.in_channels > 1 and vit.patch_embed.proj.bias is not None
-    changes = {
-        "patch_embed.proj.weight": set_channels(vit, channels),
-        "patch_embed.proj.bias": "took up the channels' different means" if several else "",
-        "pos_embed": set_image_size(vit, size),
-    }
-    return {key: how for key, how in changes.items() if how}
 
 
 def outline(vit: Encoder) -> str:
@@ -97,19 +82,6 @@ def initialise_decoder(model: nn.Module, init: str) -> list[str]:
         return [f"init {path}: not used; the decoder of scale 1 would have to be {describe(state, heads)}"]
     model.load_state_dict(state, strict=False)
     return [f"init {path}: taken by the decoder of scale 1 ({describe(state, heads)})"]
-
-
-def read_decoder(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a decoder.safetensors and its attention heads.
-
-    Raises:
-        UserError: it is no such file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return load_file(path), int(file.metadata()["heads"])
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no decoder that `miram convert` wrote: {one_line(str(error))}") from error
 
 
 def describe(state: Mapping[str, Tensor], heads: int) -> str:

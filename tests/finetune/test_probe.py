@@ -9,54 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from numpy.typing import NDArray
+from made_up import section, task
 
 from miram.data.shards import ShardDataset
-from miram.data.views import windows
 from miram.engine.errors import UserError
 from miram.engine.metrics import score
-from miram.finetune.features import cached_features, digest, extract
-from miram.finetune.linear import Judgement, Task, judge, outer_folds, read_task
-from miram.finetune.probe import probe
-from miram.pretrain.encoder import EncoderCard, build_encoder, card_for, normalisation, save_encoder
-
-GRID = (0.01, 1.0)
-
-
-def task(truth: NDArray[np.int64], patients: NDArray[np.int64], splits: str = "") -> Task:
-    names = patients.astype(str)
-    everything = np.arange(len(truth))
-    return Task("made up", ("no", "yes"), everything, truth, names, np.full(len(truth), splits))
+from miram.finetune.probe import probe, tally
+from miram.finetune.probes import sweep
+from miram.finetune.task import Task, choose, outer_folds, read_task
+from miram.finetune.trial import short, suited
+from miram.pretrain.encoder import EncoderCard, build_encoder, card_for, save_encoder
 
 
-def judged(features: NDArray[np.float64], made_up: Task, folds: int = 4) -> Judgement:
-    splits, _ = outer_folds(made_up, folds, seed=0)
-    return judge(features.astype(np.float32), made_up, splits, GRID, inner=2, seed=0)
-
-
-def auc(made_up: Task, judgement: Judgement) -> float:
-    return score("AUC", made_up.truth[judgement.images], judgement.probabilities)
-
-
-def test_features_that_hold_the_answer_give_the_answer() -> None:
-    rng = np.random.default_rng(0)
-    patients = np.repeat(np.arange(40), 4)
-    truth = (np.arange(160) // 2) % 2
-    features = rng.normal(size=(160, 5)) + 4 * truth[:, None]
-    assert auc(task(truth, patients), judged(features, task(truth, patients))) > 0.99
-
-
-def test_features_that_only_know_the_patient_are_worth_nothing() -> None:
-    """Every patient has one class and a fingerprint: a probe that saw a patient's other images would be perfect."""
-    rng = np.random.default_rng(1)
-    patients = np.repeat(np.arange(60), 4)
-    truth = rng.permutation(np.arange(60) % 2)[patients]
-    fingerprint = rng.normal(size=(60, 120))[patients]
-    made_up = task(truth, patients)
-    assert abs(auc(made_up, judged(fingerprint, made_up)) - 0.5) < 0.15
-    leaking = task(truth, np.arange(240))
-    assert auc(leaking, judged(fingerprint, leaking)) > 0.95
+@pytest.fixture(autouse=True)
+def _fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "STEPS", 30)
 
 
 def test_every_image_is_judged_once_and_never_by_a_probe_that_saw_its_patient() -> None:
@@ -81,7 +50,7 @@ def test_an_official_split_is_used_and_its_test_patients_judged_once() -> None:
 
 def test_fewer_patients_than_folds_are_refused_by_the_class_that_lacks_them() -> None:
     truth, patients = np.array([0] * 20 + [1] * 20), np.array([*range(20), *([20, 21] * 10)])
-    with pytest.raises(UserError, match=r"'yes' has 2 patients, fewer than 5"):
+    with pytest.raises(UserError, match=r"'class 1' has 2 patients, fewer than 5"):
         outer_folds(task(truth, patients), 5, seed=0)
 
 
@@ -105,33 +74,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_encoder(folder, build_encoder(card), card)
     return folder
-
-
-@pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_a_feature_is_the_mean_over_windows_of_the_pooled_tokens(phantoms: Path, encoder: Path, pool: str) -> None:
-    from miram import load_encoder
-
-    vit, shards = load_encoder(encoder), ShardDataset(phantoms)
-    found = extract(vit, shards, pool, batch_size=7, name="test")
-    for i in (0, 5, 47):
-        tokens = vit.forward_features(windows(shards[i], (32, 32), normalisation(vit)))
-        pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
-        np.testing.assert_allclose(found[i], pooled.mean(0).detach().numpy(), rtol=1e-4, atol=1e-5)
-
-
-def test_cached_features_are_those_of_this_encoder_and_no_other(phantoms: Path, encoder: Path, tmp_path: Path) -> None:
-    from miram import load_encoder
-
-    vit, shards = load_encoder(encoder), ShardDataset(phantoms)
-    first = cached_features(vit, shards, "mean", 16, tmp_path, "test")
-    assert np.array_equal(cached_features(vit, shards, "mean", 16, tmp_path, "test"), first)
-    before = digest(vit, shards, "mean")
-    assert digest(vit, shards, "cls") != before
-    assert digest(vit, ShardDataset(phantoms, "train"), "mean") != before
-    with torch.no_grad():
-        vit.norm.bias += 1e-3
-    assert digest(vit, shards, "mean") != before
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +175,148 @@ def test_a_probe_of_an_encoder_that_was_trained_again_is_not_called_finished(
                 probe("probe/demo", [*settings, f"--out={tmp_path / 'run'}"])
         else:
             probe("probe/demo", [*settings, f"--out={tmp_path / 'run'}"])
+
+
+# ---------------------------------------------------------------------------------------------- many at once
+
+
+@pytest.fixture(scope="module")
+def full(phantoms: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four methods, an encoder beside that is a copy of the first, another without a class token, one control."""
+    folder = tmp_path_factory.mktemp("full")
+    for path in encoder.iterdir():
+        (folder / "copy").mkdir(exist_ok=True)
+        (folder / "copy" / path.name).write_bytes(path.read_bytes())
+    options = {
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+    }
+    card = card_for("vit_tiny_patch16_224", (32, 32), options)
+    torch.manual_seed(3)
+    (folder / "no_token").mkdir()
+    save_encoder(folder / "no_token", build_encoder(card), card)
+    settings = [f"--data.shards={phantoms}", "--data.task=mass", f"--out={folder / 'run'}"]
+    settings += [f"--probe.encoder={encoder}", f"--probe.beside=[{folder / 'copy'}, {folder / 'no_token'}]"]
+    settings += ["--probe.methods=[linear, sweep, knn, attentive]", "--probe.layers=[-1]", "--probe.pools=[mean, cls]"]
+    settings += ["--probe.crops=2", "--probe.controls=1", "--probe.folds=2", "--probe.inner_folds=2"]
+    probe("probe/full", [*settings, "--probe.replicates=50", "--probe.lrs=[0.001, 0.1]"])
+    return folder / "run"
+
+
+def test_every_method_of_every_encoder_is_a_row_and_stands_against_the_first(full: Path) -> None:
+    result = json.loads((full / "result.json").read_text())
+    encoders = ["pretrained encoder", "copy", "no_token", "random 1 weights"]
+    methods = ["linear", "sweep", "knn", "attentive"]
+    assert [row["name"] for row in result["rows"]] == [f"{m}: {e}" for m in methods for e in encoders] + [
+        "majority class"
+    ]
+    against = ["copy", "no_token", "random"]
+    assert [row["name"] for row in result["differences"]] == [
+        f"{m}: pretrained - {e}" for m in methods for e in against
+    ]
+    assert (result["value"], result["interval"]) == (result["rows"][0]["value"], result["rows"][0]["interval"])
+    values = {row["name"]: row["value"] for row in result["rows"]}
+    for row in result["differences"]:
+        method, _, other = row["name"].partition(": pretrained - ")
+        other = "random 1 weights" if other == "random" else other
+        expected = values[f"{method}: pretrained encoder"] - values[f"{method}: {other}"]
+        assert row["value"] == pytest.approx(expected)
+
+
+def test_the_same_encoder_beside_itself_differs_by_exactly_nothing(full: Path) -> None:
+    """Also in every bootstrap sample: two encoders are compared on the same patients."""
+    result = json.loads((full / "result.json").read_text())
+    of_copy = [row for row in result["differences"] if row["name"].endswith("- copy")]
+    assert len(of_copy) == 4
+    assert all(row["value"] == 0 and row["interval"] == [0, 0] for row in of_copy)
+    others = [row["interval"] for row in result["differences"] if row["name"].endswith("- no_token")]
+    assert any(low < high for low, high in others)
+
+
+def test_predictions_of_every_method_give_its_figure(full: Path) -> None:
+    result = json.loads((full / "result.json").read_text())
+    values = {row["name"]: row["value"] for row in result["rows"]}
+    files = {"linear": "predictions.csv"} | {m: f"predictions_{m}.csv" for m in ("sweep", "knn", "attentive")}
+    for method, name in files.items():
+        with (full / name).open() as file:
+            rows = list(csv.DictReader(file))
+        truth = np.array([int(row["truth"]) for row in rows])
+        probabilities = np.array([[float(row["p_0"]), float(row["p_1"])] for row in rows])
+        found = score("AUC", truth, probabilities)
+        assert found == pytest.approx(values[f"{method}: pretrained encoder"], abs=0.02), method
+
+
+def test_the_result_names_each_encoder_and_what_became_of_its_keys(full: Path, encoder: Path) -> None:
+    result = json.loads((full / "result.json").read_text())
+    assert [e["name"] for e in result["encoders"]] == ["pretrained", "copy", "no_token"]
+    assert result["encoders"][0]["encoder"] == str(encoder)
+    assert all("none missing" in e["keys"][-1] for e in result["encoders"])
+    assert any("That of" not in note and "kept" not in note for note in result["notes"])
+    assert sum("nothing of attentive" in note for note in result["notes"]) == 1
+
+
+def test_an_encoder_beside_that_changed_is_not_called_finished(phantoms: Path, encoder: Path, tmp_path: Path) -> None:
+    rest = ["--probe.controls=0", "--probe.folds=2", "--probe.inner_folds=2", "--probe.replicates=10"]
+    settings = [f"--data.shards={phantoms}", f"--probe.encoder={encoder}", "--data.task=mass", *rest]
+    settings += [f"--probe.beside=[{tmp_path / 'other'}]", f"--out={tmp_path / 'run'}"]
+    (tmp_path / "other").mkdir()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        card = card_for("vit_tiny_patch16_224", (32, 32), {"depth": 1, "embed_dim": 32, "num_heads": 2})
+        save_encoder(tmp_path / "other", build_encoder(card), card)
+        if seed:
+            with pytest.raises(UserError, match="other changed"):
+                probe("probe/demo", settings)
+        else:
+            probe("probe/demo", settings)
+
+
+def test_names_in_tables_are_as_short_as_they_can_be_and_never_alike(tmp_path: Path) -> None:
+    for name in ("a/run", "b/run", "c/pretrained"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a/run/encoder.safetensors").touch()
+    runs = [str(tmp_path / "a/run/encoder.safetensors"), "timm:vit_small_patch16_224"]
+    assert short(runs, "pretrained") == ["run", "timm:vit_small_patch16_224"]
+    assert short([runs[0], str(tmp_path / "b/run")], "pretrained") == ["a/run", "b/run"]
+    assert short([str(tmp_path / "c/pretrained")], "pretrained") == ["c/pretrained"]
+    assert short([], "pretrained") == []
+
+
+def test_choices_are_counted() -> None:
+    assert tally(["C 1"]) == "C 1"
+    assert tally(["C 1", "C 10", "C 10"]) == "C 10 in 2 of 3; C 1 in 1"
+
+
+def test_the_best_candidate_of_inner_folds_is_chosen_and_of_equals_the_first() -> None:
+    made_up = task(np.arange(80) // 2 % 2, np.arange(80) // 2)
+    fit = np.arange(60)
+
+    def candidates(known: np.ndarray, held: np.ndarray) -> np.ndarray:
+        assert not set(made_up.patients[known]) & set(made_up.patients[held])
+        assert set(known) | set(held) == set(fit)
+        right = np.eye(2)[made_up.truth[held]]
+        return np.stack([1 - right, right, right])
+
+    assert choose(made_up, fit, 3, 0, candidates) == 1
+
+
+def test_an_encoder_without_a_class_token_is_swept_without_it() -> None:
+    wanted = section(pools=("cls", "mean"))
+    with_token, without = (
+        timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=12, num_heads=1, **options)
+        for options in ({}, {"class_token": False, "global_pool": "avg"})
+    )
+    assert suited(wanted, with_token).pools == ("cls", "mean")
+    assert suited(wanted, without).pools == ("mean",)
+
+
+@pytest.mark.parametrize(
+    "setting", ["--probe.methods=[linear, linear]", "--probe.methods=[]", "--probe.layers=[0]", "--probe.crops=-1"]
+)
+def test_settings_that_cannot_be_are_refused(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=setting.split("=")[0]):
+        probe("probe/demo", [setting, f"--out={tmp_path / 'run'}"])

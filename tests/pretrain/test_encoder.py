@@ -20,13 +20,12 @@ from miram.pretrain.encoder import (
     build_encoder,
     card_for,
     encode_visible,
-    load_encoder,
     normalisation,
-    random_like,
     save_encoder,
     set_channels,
 )
 from miram.pretrain.miram import Miram
+from miram.pretrain.weights.loading import load_encoder, random_like
 
 SHAPE = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
@@ -265,5 +264,5 @@ def test_timm_s_own_weights_are_the_same_for_grey_pictures(monkeypatch: pytest.M
 
 def test_a_file_of_others_is_sent_to_convert(tmp_path: Path) -> None:
     (tmp_path / "vit.pth").write_bytes(b"weights")
-    with pytest.raises(UserError, match=r"run `miram convert .*vit\.pth DIR`"):
+    with pytest.raises(UserError, match=r"run `miram convert .*vit\.pth .*vit-encoder`"):
         load_encoder(tmp_path / "vit.pth")

@@ -28,7 +28,7 @@ from miram.engine.loop import Trainer
 from miram.engine.objective import Batch, Objective
 from miram.engine.report import write_report
 from miram.engine.run import Run, read_metrics
-from miram.finetune.features import extract
+from miram.finetune.features import Reading, cached_features
 from miram.pretrain.build import build_objective, build_views, encoder_card
 from miram.pretrain.config import PretrainConfig, ScaleSection
 from miram.pretrain.encoder import build_encoder, card_for
@@ -431,7 +431,8 @@ def test_features_are_those_of_the_probe(phantoms: Path, tmp_path: Path) -> None
     with torch.no_grad():
         found = monitor.album.features()
     assert found.shape == (48, 32)
-    np.testing.assert_allclose(found, extract(model.encoder, data.shards, "mean", 5, "test"), atol=1e-5)
+    features = cached_features(model.encoder, data.shards, Reading(), 5, tmp_path, "test")
+    np.testing.assert_allclose(found, features.pooled(-1, "mean"), atol=1e-5)
 
 
 def test_images_are_read_once(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,11 @@ from transformers import (
 
 from miram.engine.errors import UserError, exit_code
 from miram.pretrain.config import ScaleSection
-from miram.pretrain.encoder import build_encoder, card_for, load_encoder, normalisation, read_provenance, save_encoder
+from miram.pretrain.encoder import build_encoder, card_for, normalisation, save_encoder
 from miram.pretrain.miram import Miram
 from miram.pretrain.weights.convert import convert
 from miram.pretrain.weights.layouts import translate
+from miram.pretrain.weights.loading import load_encoder, read_provenance
 from miram.pretrain.weights.start import initialise_decoder, initialise_encoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -511,7 +512,8 @@ def test_weights_of_timm_start_a_training(tmp_path: Path, monkeypatch: pytest.Mo
     torch.save(model.state_dict(), tmp_path / "x.pth")
 
     def local(name: str, pretrained: bool = False, **options: Any) -> Any:
-        overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "x.pth"), "mean": (0.5,) * 3, "std": (0.5,) * 3}}
+        config = {"file": str(tmp_path / "x.pth"), "mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": 0}
+        overlay = {"pretrained_cfg_overlay": config}
         return create(
             name, pretrained=pretrained, **options, **((overlay | {**TINY, "img_size": 32}) if pretrained else {})
         )

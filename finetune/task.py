@@ -1,22 +1,20 @@
-"""A linear probe that a reviewer would accept: logistic regression on frozen features, everything grouped by patient.
+"""What a probe is asked and how it is judged fairly: labelled images, folds of patients, a choice on inner folds.
 
-C is chosen on inner folds of the training patients only; every image is judged by a model that never saw its patient.
-Where the data has patients in both an official train and test split, those are used and the test patients judged once.
+Every image is judged by a model that never saw its patient, and whatever is chosen is chosen on inner folds of the
+training patients. Where the data has patients in both an official train and test split, those are used and the test
+patients judged once.
 
-Legend: n images, D features, k classes.
+Legend: n images, m judged images, k classes, c candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import StratifiedGroupKFold
 
 from ..data.shards import ShardDataset
 from ..engine.errors import UserError
@@ -44,12 +42,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a probe says of m judged images: their numbers in the task, (m, k) probabilities, fold, C of each fold."""
+    """What a probe says of m judged images: numbers in the task, (m, k) probabilities, fold; and each fold's choice."""
 
     images: Ints
     probabilities: Floats
     fold: Ints
-    chosen_c: tuple[float, ...]
+    chosen: tuple[str, ...]
 
 
 def read_task(shards: ShardDataset, name: str | None) -> Task:
@@ -119,40 +117,42 @@ def grouped_folds(truth: Ints, patients: NDArray[np.str_], folds: int, seed: int
     yield from StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32).split(truth, truth, patients)
 
 
-def judge(
-    features: NDArray[np.float32], task: Task, splits: Sequence[Fold], c_grid: Sequence[float], inner: int, seed: int
+def judge_folds(
+    task: Task, splits: Sequence[Fold], fit_and_judge: Callable[[Ints, Ints], tuple[Floats, str]]
 ) -> Judgement:
-    """Fit on each fold's training patients, judge the others.
+    """The judgement of every fold, joined.
 
     Args:
-        features: (n, D) of the task's images.
         task: classes and patients.
         splits: what to fit on and what to judge.
-        c_grid: strengths to choose from.
-        inner: folds of training patients the choice is made on.
-        seed: of the inner folds.
+        fit_and_judge: images to fit on and m images to judge -> their (m, k) probabilities, and what was chosen.
     """
-    judged, probabilities, fold, chosen_c = [], [], [], []
-    for number, (fit, rest) in enumerate(splits):
-        search = fit_probe(features[fit], task, fit, c_grid, inner, seed)
-        assert len(search.classes_) == len(task.classes), "a fold was fitted without one of the classes"
-        judged.append(rest)
-        probabilities.append(search.predict_proba(features[rest]))
-        fold.append(np.full(len(rest), number))
-        chosen_c.append(float(search.best_params_["logisticregression__C"]))
-    return Judgement(np.concatenate(judged), np.concatenate(probabilities), np.concatenate(fold), tuple(chosen_c))
+    judged = [fit_and_judge(fit, rest) for fit, rest in splits]
+    fold = [np.full(len(rest), number) for number, (_, rest) in enumerate(splits)]
+    images, probabilities = [rest for _, rest in splits], [p for p, _ in judged]
+    chosen = tuple(choice for _, choice in judged)
+    return Judgement(np.concatenate(images), np.concatenate(probabilities), np.concatenate(fold), chosen)
 
 
-def fit_probe(
-    features: NDArray[np.float32], task: Task, fit: Ints, c_grid: Sequence[float], inner: int, seed: int
-) -> GridSearchCV:
-    """Logistic regression on standardised features with C chosen on inner folds of patients."""
-    truth, patients = task.truth[fit], task.patients[fit]
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000, class_weight="balanced"))
-    scoring = "roc_auc" if task.metric == "AUC" else "balanced_accuracy"
-    folds = list(grouped_folds(truth, patients, inner, seed, task))
-    search = GridSearchCV(model, {"logisticregression__C": list(c_grid)}, scoring=scoring, cv=folds)
-    return search.fit(features, truth)
+def choose(task: Task, fit: Ints, folds: int, seed: int, candidates: Callable[[Ints, Ints], Floats]) -> int:
+    """The candidate with the best mean score over inner folds of the training patients; of equals the first.
+
+    Args:
+        task: classes and patients.
+        fit: the training images.
+        folds: how many inner folds.
+        seed: of the inner folds.
+        candidates: images to fit on and m images to judge -> (c, m, k) probabilities of every candidate.
+
+    Raises:
+        UserError: a class has fewer training patients than there are inner folds.
+    """
+    scores = []
+    for known, held in grouped_folds(task.truth[fit], task.patients[fit], folds, seed, task):
+        truth = task.truth[fit[held]]
+        if task.metric == "balanced accuracy" or len(np.unique(truth)) == 2:  # no AUC of a single class
+            scores.append([score(task.metric, truth, p) for p in candidates(fit[known], fit[held])])
+    return int(np.mean(scores, axis=0).argmax()) if scores else 0
 
 
 def fold_scores(task: Task, judgement: Judgement) -> list[float]:

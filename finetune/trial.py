@@ -1,0 +1,157 @@
+"""What is judged and how: encoders that stand in a table, and what is the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..data.opening import open_shards
+from ..data.shards import ShardDataset
+from ..engine.metrics import Estimate, Floats, bootstrap_scores, patient_bootstrap, score
+from ..engine.seeding import stable_seed
+from ..pretrain.encoder import Encoder
+from ..pretrain.weights.loading import random_like, read_encoder, read_provenance
+from .config import Method, ProbeConfig, ProbeSection
+from .features import Reading, cached_features
+from .probes import PROBES
+from .task import Fold, Judgement, Task, fold_scores, outer_folds, read_task
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An encoder that stands in every table: the one asked about, one beside it, or a control with random weights."""
+
+    name: str
+    source: str
+    role: Literal["first", "beside", "control"]
+    seed: int = 0
+
+    def read(self) -> tuple[Encoder, list[str]]:
+        """The encoder, and what became of every key of its file."""
+        return (random_like(self.source, self.seed), []) if self.role == "control" else read_encoder(self.source)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What one method makes of one encoder: judgement, figure, and the figure's bootstrap samples."""
+
+    method: Method
+    encoder: Contestant
+    judgement: Judgement
+    value: float
+    samples: Floats
+    folds: list[float]
+    keys: list[str]  # what became of every key of the encoder's file
+
+    @property
+    def estimate(self) -> Estimate:
+        """The figure with its interval."""
+        return Estimate.of(self.value, self.samples)
+
+
+def contestants(settings: ProbeConfig) -> list[Contestant]:
+    """The encoder, those beside it, then its controls with random weights."""
+    section = settings.probe
+    untrained = section.encoder.partition(":")[0] == "random"
+    first = Contestant("untrained" if untrained else "pretrained", section.encoder, "first")
+    names = short(section.beside, taken=first.name)
+    beside = [Contestant(name, source, "beside") for name, source in zip(names, section.beside, strict=True)]
+    seeds = [stable_seed(settings.seed, "control", i) % 2**63 for i in range(section.controls)]
+    return [first, *beside, *(Contestant(f"random {i}", section.encoder, "control", s) for i, s in enumerate(seeds, 1))]
+
+
+def short(sources: Sequence[str], taken: str) -> Sequence[str]:
+    """Names for tables: of a file or run the last parts of its path, as many as tell them all apart."""
+    paths = [Path(s).parent if s.endswith("encoder.safetensors") else Path(s) for s in sources]
+    for parts in range(1, 1 + max((len(p.parts) for p in paths), default=0)):
+        tails = ["/".join(path.parts[-parts:]) for path in paths]
+        names = [tail if Path(s).exists() else s for s, tail in zip(sources, tails, strict=True)]
+        if len({*names, taken}) == 1 + len(sources):
+            return names
+    return sources
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is the same for every encoder and method: images, task, folds, bootstrap samples."""
+
+    settings: ProbeConfig
+    shards: ShardDataset
+    task: Task
+    splits: list[Fold]
+    split_name: str
+
+    @classmethod
+    def of(cls, settings: ProbeConfig) -> Trial:
+        """Read data and task.
+
+        Raises:
+            UserError: the data has no such task, or too few patients for the folds.
+        """
+        shards = open_shards(settings.data)
+        task = read_task(shards, settings.data.task)
+        return cls(settings, shards, task, *outer_folds(task, settings.probe.folds, settings.seed))
+
+    @cached_property
+    def weights(self) -> Floats:
+        """(R, m) bootstrap samples of the judged images."""
+        judged = np.concatenate([rest for _, rest in self.splits])
+        section = self.settings.probe
+        return patient_bootstrap(
+            self.task.truth[judged], self.task.patients[judged], section.replicates, self.settings.seed
+        )
+
+    def probe(self, encoder: Contestant, cache: Path) -> Iterator[Probed]:
+        """Features of one encoder, then every method's judgement and figure."""
+        vit, keys = encoder.read()
+        section = suited(self.settings.probe, vit)
+        features = cached_features(
+            vit, self.shards, reading(section, self.settings.seed), section.batch_size, cache, encoder.name
+        )
+        for method in section.methods:
+            judgement = PROBES[method](features, self.task, self.splits, section, self.settings.seed)
+            truth = self.task.truth[judgement.images]
+            samples = bootstrap_scores(self.task.metric, truth, judgement.probabilities, self.weights)
+            value = score(self.task.metric, truth, judgement.probabilities)
+            yield Probed(method, encoder, judgement, value, samples, fold_scores(self.task, judgement), keys)
+
+
+def suited(section: ProbeSection, vit: Encoder) -> ProbeSection:
+    """The settings for this encoder: of the sweep's poolings those it has, as not every ViT has a class token."""
+    pools = section.pools if vit.cls_token is not None else tuple(p for p in section.pools if p == "mean")
+    return section.model_copy(update={"pools": pools or ("mean",)})
+
+
+def reading(section: ProbeSection, seed: int) -> Reading:
+    """What the methods need to know of an image: the last block for all, more of it for the sweep and attention."""
+    sweep = "sweep" in section.methods
+    return Reading(
+        layers=tuple(dict.fromkeys((-1, *(section.layers if sweep else ())))),
+        pools=tuple(dict.fromkeys((section.pool, *(section.pools if sweep else ())))),
+        crops=section.crops if sweep else 0,
+        tokens="attentive" in section.methods,
+        seed=seed,
+    )
+
+
+def images_seen(trial: Trial, encoder: str, judged: Sequence[int]) -> int | None:
+    """How many of the judged rows the encoder was pretrained on, by its provenance; None where that cannot be told."""
+    provenance = read_provenance(encoder)
+    known = {(data["dataset"], data["records"]) for data in provenance.get("data", [])}
+    sources = zip(trial.shards.roots, trial.shards.manifests, strict=True)
+    roots = {root for root, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
+    of = [(trial.shards.root(i), trial.shards.splits[i]) for i in judged]
+    here = [split for root, split in of if root in roots]
+    seen = provenance.get("split")
+    if seen is None or not here:
+        return len(here)
+    data = trial.settings.data
+    if (provenance.get("split_digest", ""), provenance.get("fold")) != (trial.shards.split_digest, data.fold):
+        return None
+    undivided = not any(trial.shards.every.column("split")) and not trial.shards.split_digest
+    return len(here) if undivided else sum(split == seen.partition("-")[0] for split in here)
