@@ -10,7 +10,7 @@ from ..data.config import DataSection
 from ..engine.config import Section
 
 Method = Literal["linear", "sweep", "knn", "attentive"]
-Pool = Literal["mean", "cls", "cls+mean"]
+Pool = Literal["mean", "cls", "cls+mean"]  # of a window's patch tokens the mean, its class token, or both joined
 LRS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times DINOv2's: fewer steps
 
 

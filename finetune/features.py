@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ from ..engine.track import progress_bar
 from ..pretrain.encoder import Encoder, normalisation, weights_digest
 from ..pretrain.features import batched, image_means
 from .columns import Columns
+from .config import Pool
 
 CACHE = "miram.features/1"
-Pool = Literal["mean", "cls", "cls+mean"]  # of a window's patch tokens the mean, its class token, or both joined
 Floats = NDArray[np.float32]
 
 

@@ -18,7 +18,7 @@ from miram.data.shards import ShardDataset
 from miram.data.sources import read_archive
 from miram.data.verify import verify
 from miram.engine.run import read_metrics
-from miram.finetune.linear import read_task
+from miram.finetune.task import read_task
 from miram.pretrain.stage import pretrain
 
 REAL = Path(os.environ.get("MIRAM_REAL_DATA", "nowhere"))

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from miram.data.shards import ShardDataset
 from miram.data.views import windows
 from miram.engine.files import write_json
 from miram.engine.launch import device
 from miram.engine.metrics import Floats, bootstrap_scores, patient_bootstrap, score
-from miram.finetune.attentive import Tokens, fit_attentive
-from miram.finetune.linear import Fold, Task, grouped_folds, judge, read_task
+from miram.finetune.probes.attentive import fit_attentive
+from miram.finetune.probes.linear import fit_linear
+from miram.finetune.task import Fold, Task, grouped_folds, read_task
 from miram.pretrain.encoder import Encoder, normalisation
+
+Tokens = NDArray[np.float32]  # (n, N, D)
 
 JUDGED = "miram.experiment.judged/1"
 TASKS, PROBES = ("calc", "margin"), ("linear", "attentive")
@@ -64,10 +68,12 @@ def tokens_of(vit: Encoder, shards: ShardDataset, batch: int = 64) -> Tokens:
 def by_linear(tokens: Tokens, task: Task, splits: list[Fold]) -> tuple[Floats, list[float]]:
     """(n, 2) probabilities from class token and mean patch token together, each image judged out of fold; and C."""
     features = np.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], axis=1)
-    judgement = judge(features, task, splits, C_GRID, INNER, SEED)
-    probabilities = np.empty_like(judgement.probabilities)
-    probabilities[judgement.images] = judgement.probabilities
-    return probabilities, list(judgement.chosen_c)
+    probabilities, chosen = np.empty((len(tokens), len(task.classes))), []
+    for fit, rest in splits:
+        search = fit_linear(features[fit], task, fit, C_GRID, INNER, SEED)
+        probabilities[rest] = search.predict_proba(features[rest])
+        chosen.append(float(search.best_params_["logisticregression__C"]))
+    return probabilities, chosen
 
 
 def by_attentive(tokens: Tokens, task: Task, splits: list[Fold]) -> Floats:
