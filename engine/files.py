@@ -66,7 +66,7 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or content.get("schema") != schema:
         raise UserError(f"{path} is not a {schema} file; was it made by another program or version?")

@@ -31,9 +31,11 @@ class Contestant:
     role: Literal["first", "beside", "control"]
     seed: int = 0
 
-    def read(self) -> tuple[Encoder, list[str]]:
-        """The encoder, and what became of every key of its file."""
-        return (random_like(self.source, self.seed), []) if self.role == "control" else read_encoder(self.source)
+    def read(self, channels: int) -> tuple[Encoder, list[str]]:
+        """The encoder for data of so many channels, and what became of every key of its file."""
+        if self.role == "control":
+            return random_like(self.source, self.seed, channels=channels), []
+        return read_encoder(self.source, channels=channels)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Trial:
 
     def probe(self, encoder: Contestant, cache: Path) -> Iterator[Probed]:
         """Features of one encoder, then every method's judgement and figure."""
-        vit, keys = encoder.read()
+        vit, keys = encoder.read(self.shards.channels)
         section = suited(self.settings.probe, vit)
         features = cached_features(
             vit, self.shards, reading(section, self.settings.seed), section.batch_size, cache, encoder.name

@@ -166,9 +166,14 @@ def encode_visible(vit: Encoder, images: Tensor, ids_keep: Tensor) -> Tensor:
     x = vit.norm_pre(torch.cat([prefix, kept], dim=1))
     for block, angles in zip(vit.blocks, rotations(vit, rope, ids_keep), strict=True):
         rotated: dict[str, Any] = {} if angles is None else {"rope": angles}
-        recompute = vit.grad_checkpointing and torch.is_grad_enabled()
-        x = checkpoint(block, x, **rotated) if recompute else block(x, **rotated)
+        x = run(block, x, vit.grad_checkpointing, **rotated)
     return vit.norm(x)
+
+
+def run(block: nn.Module, x: Tensor, recompute: bool, **rotated: Tensor) -> Tensor:
+    """One block, (B, N, D) -> (B, N, D); `recompute` it in the backward pass instead of keeping what it made."""
+    out: Tensor = checkpoint(block, x, **rotated) if recompute and torch.is_grad_enabled() else block(x, **rotated)
+    return out
 
 
 def embed(vit: Encoder, images: Tensor) -> tuple[Tensor, Tensor | None]:

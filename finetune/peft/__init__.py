@@ -50,23 +50,38 @@ def apply(encoder: Encoder, method: str, **options: Any) -> Tuned:
         options: fields of the method's class.
 
     Raises:
-        UserError: no such method or option, the method cannot stand on this encoder, or one stands on it already.
+        UserError: no such method or option, the method cannot stand on this encoder (which is then frozen and without
+            its classifier), or one stands on it already.
     """
     chosen = read_method(method, options)
-    if not isinstance(encoder, chosen.encoders):
-        kinds = " or ".join(kind.__name__ for kind in chosen.encoders)
-        raise UserError(f"method {method} takes timm's {kinds}, not {type(encoder).__name__}")
+    without_classifier(encoder)
+    return put_on(encoder, method, chosen)
+
+
+def without_classifier(encoder: Encoder) -> None:
+    """Take an encoder's classifier off, if it has one."""
+    if getattr(encoder, "num_classes", 0):
+        encoder.reset_classifier(0)
+
+
+def put_on(encoder: Encoder, name: str, method: Method) -> Tuned:
+    """A method on an encoder without a classifier, in the mode, training or not, that the encoder is in.
+
+    Raises:
+        UserError: the method cannot stand on this encoder, or one stands on it already.
+    """
+    if not isinstance(encoder, method.encoders):
+        kinds = " or ".join(kind.__name__ for kind in method.encoders)
+        raise UserError(f"method {name} takes timm's {kinds}, not {type(encoder).__name__}")
     if already := getattr(encoder, MARK, None):
         raise UserError(
             f"the encoder is tuned with {already} already; merge that, or take the encoder as it was loaded"
         )
-    if encoder.num_classes:
-        encoder.reset_classifier(0)
-    shape, base = chosen.shape(encoder), describe(encoder)
+    shape, base = method.shape(encoder), describe(encoder)
     encoder.requires_grad_(False)
-    model = chosen.attach(encoder)
-    setattr(encoder, MARK, method)
-    return Tuned(method, chosen, model, shape, base)
+    model = method.attach(encoder)
+    setattr(encoder, MARK, name)
+    return Tuned(name, method, model, shape, base).train(encoder.training)
 
 
 def read_method(name: str, options: dict[str, Any]) -> Method:
@@ -77,7 +92,10 @@ def read_method(name: str, options: dict[str, Any]) -> Method:
     """
     if name not in METHODS:
         raise UserError(f"there is no tuning method {name!r}{did_you_mean(name, list(METHODS))}")
-    return check(METHODS[name], options, f"options of {name}")
+    try:
+        return check(METHODS[name], options, f"options of {name}")
+    except TypeError as error:
+        raise UserError(f"options of {name}: {error}; give plain numbers, words and lists") from error
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:

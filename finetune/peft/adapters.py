@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...pretrain.encoder import Encoder
-from .base import Method
+from .base import Method, Size
 from .blocks import attention_halves, ffn_halves
 from .shape import Shape
 
@@ -49,25 +49,25 @@ class Houlsby(Method):
 
     Houlsby et al. 2019 (arXiv 1902.00751); behind the FFN only, after Pfeiffer et al. 2021 (arXiv 2005.00247). It acts
     before LayerScale, drop-path and a post-norm. The weights of `down` start as a normal of deviation 0.01 cut at 0.02,
-    `up` and biases at zero, so step 0 is the encoder. The adapter in VPT's public code starts `down` at zero too: all
-    it ever learns is a bias.
+    `up` and biases at zero, so step 0 is the encoder. Norms stay frozen, as in benchmarks on ViTs; the paper trains
+    them too. The adapter in VPT's public code starts `down` at zero: all it ever learns is a bias.
 
     L adapters for each attention and FFN, each 2 D dim + dim + D: 313,536 of ViT-B with dim 8, 156,768 after the FFN.
     """
 
-    dim: int = Field(default=8, ge=1)
+    dim: Size = 8
     """Width of the bottleneck."""
     after: Literal["both", "ffn"] = "both"
     """Adapters behind attention and FFN, or behind the FFN only."""
 
     def attach(self, vit: Encoder) -> nn.Module:
         """One adapter behind every half."""
-        device = next(vit.parameters()).device
+        like = next(vit.parameters())
         for block in vit.blocks:
             halves = {"attn": attention_halves(block) if self.after == "both" else [], "ffn": ffn_halves(block)}
             for kind, found in halves.items():
                 for i, half in enumerate(found):
-                    half.after(self.adapter(vit.embed_dim).to(device), f"{kind}_adapter{i}")
+                    half.after(self.adapter(vit.embed_dim).to(like), f"{kind}_adapter{i}")
         return vit
 
     def adapter(self, width: int) -> Bottleneck:
@@ -84,13 +84,13 @@ class Houlsby(Method):
 class AdaptFormer(Method):
     """An adapter beside the FFN: x <- x + FFN(x) + scale * up(dropout(ReLU(down(x)))), x = the stream, not normed.
 
-    Chen et al. 2022 (arXiv 2205.13535). It is added outside LayerScale and drop-path. `down` starts kaiming-uniform
-    (a = sqrt 5), `up` and biases at zero, so step 0 is the encoder.
+    Chen et al. 2022 (arXiv 2205.13535), as released for images. It is added outside LayerScale and drop-path. `down`
+    starts kaiming-uniform (a = sqrt 5), `up` and biases at zero, so step 0 is the encoder.
 
     L adapters for each FFN, each 2 D dim + dim + D: 1,189,632 of ViT-B with dim 64.
     """
 
-    dim: int = Field(default=64, ge=1)
+    dim: Size = 64
     """Width of the bottleneck."""
     scale: float = 0.1
     """What the adapter's output is multiplied with; fixed."""
@@ -99,10 +99,10 @@ class AdaptFormer(Method):
 
     def attach(self, vit: Encoder) -> nn.Module:
         """One adapter beside every FFN."""
-        device = next(vit.parameters()).device
+        like = next(vit.parameters())
         for block in vit.blocks:
             for i, half in enumerate(ffn_halves(block)):
-                half.branch(self.adapter(vit.embed_dim).to(device), f"ffn_adapter{i}")
+                half.branch(self.adapter(vit.embed_dim).to(like), f"ffn_adapter{i}")
         return vit
 
     def adapter(self, width: int) -> Bottleneck:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
+from pydantic import Field
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -17,8 +18,11 @@ from ...engine.tensors import form_of, in_file_order, read_forms, read_into, wri
 from ...pretrain.encoder import Encoder
 from .shape import Shape
 
-WEIGHTS = "adapter.safetensors"
+ADAPTER = "adapter.safetensors"
 MARK = "tuned_with"  # attribute of an encoder that carries a method
+
+
+Size = Annotated[int, Field(ge=1, le=65_536)]  # of a rank, a bottleneck, a number of prompts
 
 
 class Method(Section):
@@ -53,13 +57,15 @@ class Method(Section):
         Raises:
             UserError: there is none.
         """
-        raise UserError(f"{type(self).__name__.lower()} does not merge: it adds what a plain ViT has no place for")
+        raise NotImplementedError
 
-    def write(self, model: nn.Module, folder: Path) -> None:
-        """Write what learns into a folder."""
-        tensors = dict(learnt(model))
-        forms = {name: form_of(tensors[name]) for name in in_file_order(tensors)}
-        write_tensors(folder / WEIGHTS, forms, (tensors[name] for name in forms))
+    def contents(self, model: nn.Module) -> dict[str, Tensor]:
+        """What learns, by the names that `write` gives it."""
+        return dict(learnt(model))
+
+    def write(self, model: nn.Module, contents: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the contents, gathered from all ranks, into a folder."""
+        write_all(folder / ADAPTER, contents)
 
     def read(self, model: nn.Module, folder: Path) -> None:
         """Read what `write` wrote into a model that was attached in the same way.
@@ -67,11 +73,17 @@ class Method(Section):
         Raises:
             UserError: the names or shapes are not those of this model.
         """
-        wanted, path = dict(learnt(model)), folder / WEIGHTS
+        wanted, path = dict(learnt(model)), folder / ADAPTER
         forms, found = {name: form_of(tensor) for name, tensor in wanted.items()}, read_forms(path)
         if odd := sorted({name for name, _ in forms.items() ^ found.items()}):
             raise UserError(f"{path} does not fit this encoder and these options: {', '.join(odd[:4])} differ")
         read_into(path, wanted.items())
+
+
+def write_all(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, readable by all, and flush it to disk."""
+    forms = {name: form_of(tensors[name]) for name in in_file_order(tensors)}
+    write_tensors(path, forms, (tensors[name] for name in forms))
 
 
 def learnt(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -96,6 +108,7 @@ class Tuned(nn.Module):
         self.model = model
         self.head: nn.Module = nn.Identity()
         self.expected = method.expected(shape)
+        self.used_up = False
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D), or what the head makes of it."""
@@ -134,7 +147,7 @@ class Tuned(nn.Module):
         head = nn.Linear(self.shape.D, classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-        self.head = head.to(next(self.model.parameters()).device)
+        self.head = head.to(next(self.model.parameters()))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the blocks again in the backward pass instead of keeping what they made."""
@@ -143,10 +156,10 @@ class Tuned(nn.Module):
                 cast(Any, module).grad_checkpointing = enable
 
     def train(self, mode: bool = True) -> Tuned:
-        """As every module, but that frozen batch norms keep their statistics."""
+        """As every module, but that batch norms (of a hybrid's stem) keep their statistics, which no file holds."""
         super().train(mode)
         for module in self.model.modules():
-            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            if isinstance(module, _BatchNorm):
                 module.eval()
         return self
 
@@ -154,8 +167,17 @@ class Tuned(nn.Module):
         """The plain timm encoder that computes the same features; the model is used up.
 
         Raises:
-            UserError: the method cannot be merged.
+            UserError: the method cannot be merged, or has been.
         """
+        self.refuse_if_used_up()
+        if not self.method.merges:
+            raise UserError(f"{self.name} does not merge: it adds what a plain ViT has no place for")
         vit = self.method.merged(self.model)
+        self.used_up = True
         delattr(vit, MARK)
         return vit
+
+    def refuse_if_used_up(self) -> None:
+        """Raises: UserError: the model was merged, and nothing of the method is left in it."""
+        if self.used_up:
+            raise UserError(f"this {self.name} was merged already; take a deep copy before merging")

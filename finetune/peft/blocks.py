@@ -35,14 +35,15 @@ class Half:
     core: nn.Module
     last: nn.Module
 
-    def branch(self, module: nn.Module, name: str) -> None:
+    def branch(self, module: nn.Module, name: str, own: bool = True) -> None:
         """Add module(x) to what the half adds to the stream, outside LayerScale and drop-path.
 
         Args:
-            module: (B, N, D) stream as the half reads it -> (B, N, D); one module may stand in several blocks.
+            module: (B, N, D) stream as the half reads it -> (B, N, D).
             name: of the new child of the block.
+            own: the block holds the module; one that stands in several blocks must be held by what holds them all.
         """
-        branch = Branch(module)
+        branch = Branch(module, own)
         self.block.add_module(name, branch)
         self.first.register_forward_pre_hook(branch.see)
         self.last.register_forward_hook(branch.add)
@@ -55,12 +56,20 @@ class Half:
 
 
 class Branch(nn.Module):
-    """A module beside a half: keeps the stream that the half reads until the half adds to it."""
+    """A module beside a half: keeps the stream that the half reads until the half adds to it, in one forward at a time.
 
-    def __init__(self, module: nn.Module):
+    What it keeps is no part of a copy: after a forward that was broken off it would be a tensor amid a graph.
+    """
+
+    def __init__(self, module: nn.Module, own: bool):
         super().__init__()
-        self.module = module
+        if own:
+            self.module = module
+        self.held = (module,)  # a tuple hides it from parameters() and state_dict()
         self.stream: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stream": None}
 
     def see(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Before the half's first module."""
@@ -69,7 +78,7 @@ class Branch(nn.Module):
     def add(self, _: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """After the half's last module."""
         stream, self.stream = self.stream, None
-        added: Tensor = output + self.module(stream)
+        added: Tensor = output + self.held[0](stream)
         return added
 
 

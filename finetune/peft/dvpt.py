@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from ...pretrain.encoder import Encoder
-from .base import Method
+from .base import Method, Size
 from .blocks import ffn_halves
 from .prompts import Prompted, new_prompts
 from .shape import Shape
@@ -28,7 +28,7 @@ class Aggregate(nn.Module):
         super().__init__()
         self.prefix, self.prompts = prefix, prompts
         self.down, self.up = nn.Linear(width, dim), nn.Linear(dim, width)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, stream: Tensor) -> Tensor:
         """The stream as the FFN half reads it, before its norm."""
@@ -50,9 +50,9 @@ class Dynamic(Prompted):
         super().__init__(vit, [m] * L)
         self.prompts = new_prompts(vit, m)
         self.positions = nn.Parameter((torch.randn(m, D) / math.sqrt(D)).to(self.prompts))
-        shared = [Aggregate(*shape).to(self.prompts) for _ in range(0, L, period)]
+        self.shared = nn.ModuleList(Aggregate(*shape) for _ in range(0, L, period)).to(self.prompts)
         for i, half in enumerate(halves):
-            half.branch(shared[i // period], "dvpt")
+            half.branch(self.shared[i // period], "dvpt", own=False)
 
     def enter(self, i: int, entered: Tensor, left: Tensor) -> Tensor:
         """Prompts with their positions at the first block, then what the block before made of them."""
@@ -83,9 +83,9 @@ class DVPT(Method):
 
     additive: ClassVar[bool] = False
 
-    num_prompts: PositiveInt = 50
+    num_prompts: Size = 50
     """Prompts in the sequence, m."""
-    dim: PositiveInt = 20
+    dim: Size = 20
     """Width of the bottleneck, r."""
     share_every: PositiveInt | Literal["all"] = 3
     """Successive blocks with one module: 3 as released, 1 for the 0.5 % of the abstract, all for a single one."""

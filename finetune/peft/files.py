@@ -5,50 +5,112 @@ FOLDER/adapter_model.safetensors + adapter_config.json    as the peft library wr
 FOLDER/head.safetensors       weight (classes, D) and bias (classes,), if there is a head
 FOLDER/adapter.json           {"schema", "method", "options", "base": {"architecture", "heads", "image_size",
                               "channels", "digest"}, "classes": 2 or null, "trainable", "frozen", "expected",
-                              "files": {NAME: sha256}}, written last
+                              "files": {NAME: sha256}}
 
-A folder that peft wrote has no adapter.json: it is read too, without a check of the encoder.
+The folder appears whole or not at all. One that peft wrote has no adapter.json: it is read too, without a check of the
+encoder.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from pydantic import Field, ValidationError
 from torch import nn
 
-from ...engine.errors import UserError
-from ...engine.files import make_folder, read_json, sha256, write_json
-from ...engine.tensors import read_into
+from ...engine.config import Section
+from ...engine.errors import UserError, one_line
+from ...engine.files import make_folder, read_json, sha256, sync_folder, write_json
+from ...engine.tensors import read_into, whole
 from ...pretrain.encoder import Encoder
-from . import apply
-from .base import Tuned
+from . import describe, put_on, read_method, without_classifier
+from .base import Size, Tuned, write_all
 from .low_rank import classifier, from_peft
 
 ADAPTER = "miram.adapter/1"
 CARD, HEAD, CONFIG = "adapter.json", "head.safetensors", "adapter_config.json"
 
 
-def save(tuned: Tuned, folder: Path) -> None:
+class Base(Section):
+    """The encoder that an adapter belongs on."""
+
+    architecture: str
+    heads: int
+    image_size: tuple[int, int]
+    channels: int
+    digest: str
+
+
+class Card(Section):
+    """adapter.json."""
+
+    method: str
+    options: dict[str, Any]
+    base: Base | None
+    classes: Size | None
+    trainable: int = 0
+    frozen: int = 0
+    expected: int | None = None
+    files: dict[str, str] = Field(min_length=1)
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def save(tuned: Tuned, folder: Path, writes: bool = True) -> None:
     """Write what learnt, and the head.
 
+    Args:
+        tuned: also one in shards; then every rank calls this.
+        folder: to be made; whatever happens, it is whole or not there.
+        writes: whether this rank does; of several ranks, one.
+
     Raises:
-        UserError: the folder holds an adapter already.
+        UserError: the folder is there already, the model was merged, or its head is none of `set_head`.
     """
-    for name in (CARD, CONFIG):
-        if (folder / name).exists():
-            raise UserError(f"{folder} already has {name}; name another folder")
-    make_folder(folder)
-    tuned.method.write(tuned.model, folder)
-    classes = tuned.head.out_features if isinstance(tuned.head, nn.Linear) else None
-    if classes:
-        save_file({name: tensor.detach().cpu() for name, tensor in tuned.head.state_dict().items()}, folder / HEAD)
-    about = {"method": tuned.name, "options": tuned.method.model_dump(mode="json"), "base": tuned.base}
-    counts = {"trainable": tuned.trainable, "frozen": tuned.frozen, "expected": tuned.expected}
-    files = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-    write_json(folder / CARD, ADAPTER, {**about, "classes": classes, **counts, "files": files})
+    tuned.refuse_if_used_up()
+    if not isinstance(tuned.head, nn.Linear | nn.Identity):
+        raise UserError(
+            f"a head that is a {type(tuned.head).__name__} is not saved, only that of set_head; keep it apart"
+        )
+    contents = {name: whole(tensor).detach() for name, tensor in tuned.method.contents(tuned.model).items()}
+    head = {name: whole(tensor).detach() for name, tensor in tuned.head.state_dict().items()}
+    if not writes:
+        return
+    if folder.exists():
+        raise UserError(f"{folder} is there already; name another folder")
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    make_folder(part)
+    try:
+        tuned.method.write(tuned.model, contents, part)
+        if head:
+            write_all(part / HEAD, head)
+        write_json(part / CARD, ADAPTER, card_of(tuned, part))
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    sync_folder(folder.parent)
+
+
+def card_of(tuned: Tuned, folder: Path) -> dict[str, Any]:
+    """What adapter.json says."""
+    return {
+        "method": tuned.name,
+        "options": tuned.method.model_dump(mode="json"),
+        "base": tuned.base,
+        "classes": tuned.head.out_features if isinstance(tuned.head, nn.Linear) else None,
+        "trainable": tuned.trainable,
+        "frozen": tuned.frozen,
+        "expected": tuned.expected,
+        "files": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- reading
 
 
 def load(folder: Path, encoder: Encoder, force: bool = False) -> Tuned:
@@ -63,36 +125,66 @@ def load(folder: Path, encoder: Encoder, force: bool = False) -> Tuned:
         UserError: nothing is there, it is damaged, or it belongs on another encoder.
     """
     card = read_card(folder)
-    tuned = apply(encoder, card["method"], **card["options"])
-    if not force and card["base"] and (odd := [key for key in tuned.base if card["base"].get(key) != tuned.base[key]]):
-        raise UserError(
-            f"{folder} was tuned on another encoder: its {', '.join(odd)} differ "
-            f"({card['base'].get(odd[0])!s:.40}, here {tuned.base[odd[0]]!s:.40}); load that one, or force it"
-        )
-    tuned.method.read(tuned.model, folder)
-    if card["classes"]:
-        tuned.set_head(card["classes"])
+    method = read_method(card.method, card.options)
+    without_classifier(encoder)
+    if card.base and not force:
+        refuse_another(folder, card.base, Base(**describe(encoder)))
+    tuned = put_on(encoder, card.method, method)
+    method.read(tuned.model, folder)
+    if card.classes:
+        tuned.set_head(card.classes)
         read_into(folder / HEAD, tuned.head.state_dict().items())
-    elif (folder / CONFIG).is_file() and (head := classifier(folder)):
+    elif not card.base and (head := classifier(folder, tuned.shape.D)):
         tuned.set_head(len(head["weight"]))
         tuned.head.load_state_dict(head)
     return tuned
 
 
-def read_card(folder: Path) -> dict[str, Any]:
+def refuse_another(folder: Path, wanted: Base, here: Base) -> None:
+    """Refuse an encoder that an adapter was not made for.
+
+    Raises:
+        UserError: what differs.
+    """
+    if odd := [key for key in Base.model_fields if getattr(wanted, key) != getattr(here, key)]:
+        theirs, ours = (str(getattr(base, odd[0]))[:40] for base in (wanted, here))
+        raise UserError(
+            f"{folder} was tuned on another encoder: its {', '.join(odd)} differ ({theirs}, here {ours}); "
+            "load that one, or force it"
+        )
+
+
+def read_card(folder: Path) -> Card:
     """adapter.json, or what it would be for a folder of peft's.
 
     Raises:
-        UserError: neither is there, or it is damaged.
+        UserError: neither is there, or something of it is damaged.
     """
-    if (folder / CARD).is_file() or not (folder / CONFIG).is_file():
-        card = read_json(folder / CARD, ADAPTER)
-        for name, digest in card["files"].items():
-            if not (folder / name).is_file() or sha256(folder / name) != digest:
-                raise UserError(f"{folder / name} is missing or damaged; copy the adapter's folder again")
-        return card
+    if not (folder / CARD).exists() and (folder / CONFIG).exists():
+        return card_of_peft(folder / CONFIG)
+    content = read_json(folder / CARD, ADAPTER)
     try:
-        name, method = from_peft(dict(json.loads((folder / CONFIG).read_text())))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG} is damaged: {error}") from error
-    return {"method": name, "options": method.model_dump(mode="json"), "base": None, "classes": None}
+        text = json.dumps({key: value for key, value in content.items() if key != "schema"})
+        card = Card.model_validate_json(text, strict=True)
+        odd = [name for name in card.files if Path(name).name != name or not name.endswith(".safetensors")]
+        if odd or card.base is None or (card.classes is not None) != (HEAD in card.files):
+            raise ValueError(f"its files or base cannot be {odd or card.base}")
+    except (ValidationError, ValueError) as error:
+        raise UserError(f"{folder / CARD} is damaged: {one_line(str(error))[:200]}") from error
+    for name, digest in card.files.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} is missing or damaged; copy the adapter's folder again")
+    return card
+
+
+def card_of_peft(config: Path) -> Card:
+    """What adapter.json would say of a folder that peft wrote.
+
+    Raises:
+        UserError: it is damaged, or holds what is not taken.
+    """
+    try:
+        name, method = from_peft(dict(json.loads(config.read_text())))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{config} is damaged: {one_line(str(error))[:200]}") from error
+    return Card(method=name, options=method.model_dump(mode="json"), base=None, classes=None, files={"": ""})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.diff_attention import DiffAttention
 from timm.models.eva import EvaAttention
@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from ...engine.errors import UserError
 from ...pretrain.encoder import Encoder
-from .base import Method
+from .base import Method, Size
 from .blocks import linears
 from .low_rank import PREFIX, Fraction, Lora, require, write_files
 from .shape import Shape
@@ -72,7 +72,7 @@ class LoraQkv(Method):
 
     merges: ClassVar[bool] = True
 
-    rank: PositiveInt = 4
+    rank: Size = 4
     """inner width of each change"""
     alpha: PositiveFloat | None = None
     """the changes are scaled by alpha / rank; null: as rank"""
@@ -97,10 +97,11 @@ class LoraQkv(Method):
                 kind = type(vit.get_submodule(path.removesuffix(".qkv"))).__name__
                 raise UserError(f"where q, k and v lie in the encoder's {kind} is not known; use lora, or plain blocks")
             if role == "qkv" or role in self.targets:
-                self._hang(vit.get_submodule(path), role)
+                self.hang(vit.get_submodule(path), role)
         return cast(nn.Module, vit)
 
-    def _hang(self, projection: nn.Module, slices: str) -> None:
+    def hang(self, projection: nn.Module, slices: str) -> None:
+        """Hang the change of a projection's slices, `qkv` or one of them, on it."""
         assert isinstance(projection, nn.Linear)
         chosen = self.targets if slices == "qkv" else slices
         change = Slices(projection, slices, chosen, self.rank, (self.alpha or self.rank) / self.rank, self.dropout)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,14 +27,14 @@ from ...engine.config import check
 from ...engine.errors import UserError, one_line
 from ...engine.tensors import read_tensors
 from ...pretrain.encoder import Encoder
-from .base import Method
+from .base import Method, Size
 from .blocks import ROLES, linears
 from .shape import Shape
 
 Role = Literal["qkv", "q", "k", "v", "proj", "fc1", "fc2"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-WEIGHTS, PICKLED, PREFIX = "adapter_model.safetensors", "adapter_model.bin", "base_model.model."
+PEFT_WEIGHTS, PICKLED, PREFIX = "adapter_model.safetensors", "adapter_model.bin", "base_model.model."
 CLASSIFIER = PREFIX + "head."  # timm's, which peft saves where it is among modules_to_save
 IN_BLOCKS = r"blocks\..+\.(?:attn|mlp)\."
 
@@ -82,7 +83,7 @@ class PeftMethod(Method):
             require(vit, found, roles)
         try:
             model = get_peft_model(cast(Any, vit), self.config(roles))
-        except (ValueError, TypeError, re.error) as error:  # of what the user says in `peft`
+        except (ValueError, TypeError, AttributeError, re.error) as error:  # of what the user says in `peft`
             raise UserError(f"peft cannot take {self.peft} on this encoder: {one_line(str(error))[:300]}") from error
         hit = set(model.base_model.targeted_module_names)
         assert self.peft or hit == {path for path, role in found.items() if role in roles}
@@ -100,13 +101,15 @@ class PeftMethod(Method):
         """The encoder with the change in its projections, which are timm's own again."""
         return cast(Encoder, cast(Any, model).merge_and_unload().requires_grad_(False))
 
-    def write(self, model: nn.Module, folder: Path) -> None:
-        """Write peft's two files."""
+    def contents(self, model: nn.Module) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
+        return dict(get_peft_model_state_dict(cast(Any, model), save_embedding_layers=False))
+
+    def write(self, model: nn.Module, contents: Mapping[str, Tensor], folder: Path) -> None:
+        """Write peft's two files."""
         peft = cast(Any, model)
-        tensors = get_peft_model_state_dict(peft, save_embedding_layers=False)
-        write_files(peft.peft_config["default"], tensors, peft.get_base_model(), folder)
+        write_files(peft.peft_config["default"], contents, peft.get_base_model(), folder)
 
     def read(self, model: nn.Module, folder: Path) -> None:
         """Read what `write`, or peft, wrote; a head in it is left to `classifier`.
@@ -121,7 +124,7 @@ class PeftMethod(Method):
         here, there = ({(name, tensor.shape) for name, tensor in each.items()} for each in (wanted, tensors))
         if odd := sorted({name for name, _ in here ^ there}):
             raise UserError(
-                f"{folder / WEIGHTS} does not fit this encoder and these options: {', '.join(odd[:4])} differ"
+                f"{folder / PEFT_WEIGHTS} does not fit this encoder and these options: {', '.join(odd[:4])} differ"
             )
         set_peft_model_state_dict(cast(Any, model), tensors)
 
@@ -137,7 +140,7 @@ class Lora(PeftMethod):
     learns; SAViT's start overwrites B = 0. Names like "proj", given to peft, hit patch_embed.proj too.
     """
 
-    rank: PositiveInt = 4
+    rank: Size = 4
     """inner width of the change"""
     alpha: PositiveFloat | None = None
     """the change is scaled by alpha / rank; null: as rank"""
@@ -257,7 +260,7 @@ def require(vit: Encoder, found: dict[str, str], roles: set[str]) -> None:
 # ---------------------------------------------------------------------------------------------- peft's files
 
 
-def write_files(config: Any, tensors: dict[str, Tensor], vit: nn.Module, folder: Path) -> None:
+def write_files(config: Any, tensors: Mapping[str, Tensor], vit: nn.Module, folder: Path) -> None:
     """Write peft's two files, as its save_pretrained does but for the README.
 
     Args:
@@ -270,9 +273,9 @@ def write_files(config: Any, tensors: dict[str, Tensor], vit: nn.Module, folder:
     config.inference_mode = True
     made_for = {"base_model_class": type(vit).__name__, "parent_library": type(vit).__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=made_for)
-    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contents, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # safetensors keeps its files to their owner; adapters are to be shared
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}  # peft wants "format"
+    save_file(contents, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+    (folder / PEFT_WEIGHTS).chmod(0o644)  # safetensors keeps its files to their owner; adapters are to be shared
 
 
 def from_peft(config: dict[str, Any]) -> tuple[str, Method]:
@@ -319,21 +322,27 @@ def _refuse(config: dict[str, Any]) -> None:
         )
 
 
-def classifier(folder: Path) -> dict[str, Tensor]:
+def classifier(folder: Path, width: int) -> dict[str, Tensor]:
     """weight (classes, D) and bias (classes,) of the head in a folder that peft wrote; nothing if it has none.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or its head is no linear one on features of this width.
     """
-    tensors = _tensors(folder)
-    head = {name.removeprefix(CLASSIFIER): tensors[name] for name in tensors if name.startswith(CLASSIFIER)}
-    return {"bias": torch.zeros(len(head["weight"])), **head} if head else {}
+    tensors = _tensors(folder).items()
+    head = {name.removeprefix(CLASSIFIER): part for name, part in tensors if name.startswith(CLASSIFIER)}
+    if not head:
+        return {}
+    shapes = {name: tuple(part.shape) for name, part in head.items()}
+    classes = next(iter(shapes.get("weight", (0,))), 0)
+    if not classes or shapes not in ({"weight": (classes, width)}, {"weight": (classes, width), "bias": (classes,)}):
+        raise UserError(f"{folder / PEFT_WEIGHTS} has a head of {shapes}, which is no linear one on {width} features")
+    return {"bias": torch.zeros(classes), **head}
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists():
+    if (folder / PICKLED).exists() and not (folder / PEFT_WEIGHTS).exists():
         raise UserError(
             f"{folder / PICKLED} can run code and is not read; save the adapter again with "
             "peft's save_pretrained(safe_serialization=True)"
         )
-    return read_tensors(folder / WEIGHTS)
+    return read_tensors(folder / PEFT_WEIGHTS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...engine.errors import UserError
 from ...pretrain.encoder import Encoder
-from .base import Method
+from .base import Method, Size
 from .prompts import Prompted, new_prompts
 from .shape import Shape
 
@@ -51,9 +51,9 @@ class MPL(Method):
 
     additive: ClassVar[bool] = False
 
-    n_ctx: PositiveInt = 1
+    n_ctx: Size = 1
     """Prompts that enter the first block, and in each group added."""
-    add: PositiveInt = 2
+    add: Size = 2
     """Groups of n_ctx added at each later block."""
     remove: NonNegativeInt = 1
     """Prompts dropped before that, the newest first; at most as many as are added."""

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
-from timm.models import checkpoint
+from pydantic import Field, NonNegativeInt
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ...engine.errors import UserError
-from ...pretrain.encoder import Encoder, embed
-from .base import Method
+from ...pretrain.encoder import Encoder, embed, run
+from .base import Method, Size
 from .shape import Shape
 
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
@@ -59,21 +58,15 @@ class Prompted(nn.Module):
         entered = left = x[:, :0]
         for i, block in enumerate(self.vit.blocks):
             prompts = self.enter(i, entered, left)
-            sequence = self.through(block, torch.cat([prefix, prompts, patches], dim=1), self.angles(rope, i))
+            rotated: dict[str, Any] = {} if rope is None else {"rope": self.angles(rope, i)}
+            sequence = run(block, torch.cat([prefix, prompts, patches], dim=1), self.vit.grad_checkpointing, **rotated)
             entered = prompts
             prefix, left, patches = sequence.split([prefix.shape[1], prompts.shape[1], patches.shape[1]], dim=1)
             yield prefix, patches
 
-    def angles(self, rope: Tensor | None, i: int) -> Tensor | None:
+    def angles(self, rope: Tensor, i: int) -> Tensor:
         """Block i's rotary positions: its own where every block has its own."""
-        return rope[i] if rope is not None and getattr(self.vit, "rope_mixed", False) else rope
-
-    def through(self, block: nn.Module, sequence: Tensor, angles: Tensor | None) -> Tensor:
-        """One block, recomputed in the backward pass if the encoder says so."""
-        rotated: dict[str, Any] = {} if angles is None else {"rope": angles}
-        recompute = self.vit.grad_checkpointing and torch.is_grad_enabled()
-        out: Tensor = checkpoint(block, sequence, **rotated) if recompute else block(sequence, **rotated)
-        return out
+        return rope[i] if getattr(self.vit, "rope_mixed", False) else rope
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, prefix + N, D), normed, no prompts among them."""
@@ -196,7 +189,7 @@ class Temperature(nn.Module):
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.value = nn.Parameter(torch.ones(()))
+        self.value = nn.Parameter(torch.ones(1))
         found = [module for name, module in block.named_modules() if name.endswith("q_norm")]
         assert found, f"{type(block).__name__} without q_norm"  # timm's attentions all have one, be it an Identity
         for module in found:
@@ -216,7 +209,7 @@ class VPT(Method):
 
     additive: ClassVar[bool] = False
 
-    num_prompts: PositiveInt = 10
+    num_prompts: Size = 10
     """Prompts in the sequence of a block."""
     start: NonNegativeInt = 0
     """The first block with prompts. Later ones serve self-supervised encoders better."""

@@ -12,20 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
-import torch
-from pydantic import Field, PositiveInt
-from timm.models import checkpoint
+from pydantic import Field
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, get_relative_position_index
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ...engine.errors import UserError
-from ...pretrain.encoder import Encoder, embed, rotations
+from ...pretrain.encoder import Encoder, embed, rotations, run
 from ..savit import MixPool, Regions, SharedPrior
-from .base import Method
+from .base import Method, Size
 from .blocks import attention_halves
-from .lora_qkv import CHILD, LoraQkv, Slices
+from .lora_qkv import LoraQkv
 from .shape import Shape
 
 Stage = tuple[int, int, int]
@@ -66,7 +64,7 @@ class Savit(Method):
     encoders: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, Eva, SwinTransformer)
     additive: ClassVar[bool] = False
 
-    rank: PositiveInt = 4
+    rank: Size = 4
     """inner width of the changes of q and k"""
     regions: int = Field(default=2, ge=2)
     """K: the grid of tokens is cut into K x K regions"""
@@ -84,22 +82,17 @@ class Savit(Method):
             UserError: it has one block only, fewer rows of tokens than regions, no attention apart, no fixed grid.
         """
         model: OverRegions
+        low_rank = LoraQkv(rank=self.rank, targets="qk")
         if isinstance(cast(nn.Module, vit), SwinTransformer):
             model = SwinOverRegions(vit, self.regions)
-            self._low_rank(vit)
+            for block in swin_blocks(vit):
+                low_rank.hang(block.attn.qkv, "qkv")
         else:
             model = VitOverRegions(vit, self.regions)
-            LoraQkv(rank=self.rank, targets="qk").attach(vit)
+            low_rank.attach(vit)
         for norm in [*model.outer_norms(), *(model.attention_norms() if self.train_norm1 else ())]:
             norm.requires_grad_(True)
         return model
-
-    def _low_rank(self, swin: nn.Module) -> None:
-        for block in swin_blocks(swin):
-            qkv = block.attn.qkv
-            change = Slices(qkv, "qkv", "qk", self.rank, 1.0, 0.0)
-            qkv.add_module(CHILD, change)
-            qkv.register_forward_hook(change.add)
 
     def expected(self, shape: Shape) -> int | None:
         """The sum over stages of the low rank and of the norms, and the norms between and after them."""
@@ -122,7 +115,7 @@ class OverRegions(nn.Module):
         super().__init__()
         self.encoder, self.num_features = encoder, encoder.num_features
         self.prior, self.mixpool = SharedPrior(self.num_features, K), MixPool(self.num_features, K)
-        self.to(next(encoder.parameters()).device)
+        self.to(next(encoder.parameters()))
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, H, W, D) before the blocks that go over regions, and their rotations if there are any."""
@@ -175,7 +168,7 @@ class VitOverRegions(OverRegions):
             for half in attention_halves(block):
                 cast(Any, half.core).num_prefix_tokens = 0  # rotary attention spares so many tokens
         if final_norm(vit) is None:
-            vit.norm = nn.LayerNorm(vit.embed_dim, eps=1e-6).to(vit.patch_embed.proj.weight.device)
+            vit.norm = nn.LayerNorm(vit.embed_dim, eps=1e-6).to(vit.patch_embed.proj.weight)
 
     @staticmethod
     def _check(vit: Encoder, K: int) -> None:
@@ -205,10 +198,10 @@ class VitOverRegions(OverRegions):
 
     def through(self, which: slice, rope: Tensor | None, x: Tensor, places: Tensor) -> Tensor:
         """(B, h, w, D) -> the same."""
-        tokens, recompute = x.flatten(1, 2), self.encoder.grad_checkpointing and torch.is_grad_enabled()
+        tokens, recompute = x.flatten(1, 2), self.encoder.grad_checkpointing
         for block, angles in zip(self.encoder.blocks[which], rotations(self.encoder, rope, places)[which], strict=True):
             rotated: dict[str, Any] = {} if angles is None else {"rope": angles}
-            tokens = checkpoint(block, tokens, **rotated) if recompute else block(tokens, **rotated)
+            tokens = run(block, tokens, recompute, **rotated)
         return tokens.view(x.shape)
 
 
@@ -246,7 +239,7 @@ class SwinOverRegions(OverRegions):
         """(B, h, w, D) -> the same."""
         stage = self.encoder.layers[-1]
         for block in stage.blocks[which]:
-            x = checkpoint(block, x) if stage.grad_checkpointing and torch.is_grad_enabled() else block(x)
+            x = run(block, x, stage.grad_checkpointing)
         return x
 
 
@@ -282,7 +275,7 @@ def final_norm(vit: Any) -> nn.Module | None:
     return next((norm for norm in (vit.norm, vit.fc_norm) if any(True for _ in norm.parameters())), None)
 
 
-def letters(norm: nn.Module | None) -> int:
+def numbers_a_channel(norm: nn.Module | None) -> int:
     """Numbers a channel of a norm; of one that has to be made, 2."""
     return 2 if norm is None else sum(1 for _ in norm.parameters())
 
@@ -290,9 +283,9 @@ def letters(norm: nn.Module | None) -> int:
 def vit_shape(vit: Encoder) -> Staged:
     """Of a ViT: one stage."""
     shape, block = Shape.of(vit), vit.blocks[0]
-    norm = letters(block_norms(block)[0]) if hasattr(block, "norm1") or hasattr(block, "attns") else 2
-    own = {"prefix": 0, "stages": ((shape.D, shape.A, shape.L),), "norm": norm, "final": letters(final_norm(vit))}
-    return Staged(**(vars(shape) | own))
+    norm = numbers_a_channel(block_norms(block)[0]) if hasattr(block, "norm1") or hasattr(block, "attns") else 2
+    own = {"prefix": 0, "stages": ((shape.D, shape.A, shape.L),)}
+    return Staged(**(vars(shape) | own), norm=norm, final=numbers_a_channel(final_norm(vit)))
 
 
 def swin_shape(swin: Any) -> Staged:

@@ -9,13 +9,12 @@ from typing import Any, cast
 import torch
 from timm.layers.drop import calculate_drop_path_rates
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import checkpoint
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...engine.errors import UserError
-from ...pretrain.encoder import initialise, sincos_positions
+from ...pretrain.encoder import initialise, run, sincos_positions
 from .mixpool import MixPool
 from .prior import EPS, CrossAttention, SharedPrior, split_heads
 from .regions import Regions
@@ -80,8 +79,9 @@ class SAViT(nn.Module):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        _check(size, patch_size, embed_dim, depth, num_heads, tau)
+        height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
+        size = (height, width)
+        _check(size, patch_size, embed_dim, depth, num_heads, tau, K)
         self.num_features = self.embed_dim = embed_dim
         self.num_classes, self.grad_checkpointing, self.num_prefix_tokens = num_classes, False, 0
         self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, flatten=False, output_fmt="NHWC")
@@ -127,7 +127,7 @@ class SAViT(nn.Module):
     def _through(self, blocks: nn.ModuleList, x: Tensor, places: Tensor) -> Tensor:
         tokens = x.flatten(1, 2)
         for block in blocks:
-            tokens = checkpoint(block, tokens) if self.grad_checkpointing and torch.is_grad_enabled() else block(tokens)
+            tokens = run(block, tokens, self.grad_checkpointing)
         return tokens.view(x.shape)
 
 
@@ -161,7 +161,9 @@ def _block(dim: int, heads: int, tau: int, ratio: float, drop: float, attn_drop:
     return block
 
 
-def _check(size: tuple[int, int], patch: int, dim: int, depth: int, heads: int, tau: int) -> None:
+def _check(size: tuple[int, int], patch: int, dim: int, depth: int, heads: int, tau: int, K: int) -> None:
+    if min(*size, patch, dim, heads, tau, K) < 1:
+        raise UserError(f"sizes and numbers must be 1 or more: {(*size, patch, dim, heads, tau, K)}")
     if size[0] % patch or size[1] % patch:
         raise UserError(f"an image of {size[0]} x {size[1]} is not made of patches of {patch} x {patch}")
     if dim % 4 or dim % (heads * tau):

@@ -36,7 +36,7 @@ def stirred(method, make=small, **options):
 
 def save(tuned, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    tuned.method.write(tuned.model, folder)
+    tuned.method.write(tuned.model, tuned.method.contents(tuned.model), folder)
     return folder
 
 
@@ -281,11 +281,11 @@ def test_a_head_that_peft_saved_is_handed_out(tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load(tmp_path, small(num_classes=3))
     ours.set_head(3)
-    ours.head.load_state_dict(classifier(tmp_path))
+    ours.head.load_state_dict(classifier(tmp_path, 48))
     x = pictures(small())
     assert ours(x).shape == (2, 3)
     assert torch.equal(ours(x), theirs(x))
-    assert classifier(save(ours, tmp_path / "ours")) == {}
+    assert classifier(save(ours, tmp_path / "ours"), 48) == {}
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
