@@ -170,7 +170,7 @@ def encode_visible(vit: Encoder, images: Tensor, ids_keep: Tensor) -> Tensor:
     return vit.norm(x)
 
 
-def run(block: nn.Module, x: Tensor, recompute: bool, **rotated: Tensor) -> Tensor:
+def run(block: nn.Module, x: Tensor, recompute: bool, **rotated: Any) -> Tensor:
     """One block, (B, N, D) -> (B, N, D); `recompute` it in the backward pass instead of keeping what it made."""
     out: Tensor = checkpoint(block, x, **rotated) if recompute and torch.is_grad_enabled() else block(x, **rotated)
     return out

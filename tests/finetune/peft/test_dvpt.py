@@ -33,7 +33,7 @@ def tuned(vit: Any = None, **options: Any) -> Tuned:
 
 
 def modules(model: Tuned) -> list[Any]:
-    return [block.dvpt.module for block in model.model.vit.blocks]
+    return [block.dvpt.held[0] for block in model.model.vit.blocks]
 
 
 def added(module: Any, stream: Tensor, scale: float = R**-0.5, asks: bool = True) -> Tensor:

@@ -191,7 +191,7 @@ def test_attention_that_is_not_known_is_refused():
     vit.blocks[0].attn = Other(vit.blocks[0].attn)
     with pytest.raises(UserError, match="where q, k and v lie in the encoder's Other is not known"):
         apply(vit, "lora_qkv")
-    with pytest.raises(UserError, match="on it already"):
+    with pytest.raises(UserError, match="tuned with lora_qkv already"):
         apply(apply(small(), "lora_qkv").model, "lora_qkv")
     with pytest.raises(UserError, match="ParallelScalingBlocks"):
         apply(small("vit_base_patch16_xp_224"), "lora_qkv")

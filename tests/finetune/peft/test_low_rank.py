@@ -350,7 +350,7 @@ def test_encoders_without_the_projection_are_refused():
     with pytest.raises(UserError, match="ParallelScalingBlocks with no projections of their own"):
         apply(small("vit_base_patch16_xp_224"), "lora")
     tuned = apply(small(), "lora", targets=["qkv", "proj", "fc1", "fc2"])
-    with pytest.raises(UserError, match="adapted already"):
+    with pytest.raises(UserError, match="tuned with lora already"):
         apply(tuned.model.get_base_model(), "dora")
     with pytest.raises(UserError, match=r"peft cannot take .*nowhere"):
         apply(small(), "lora", peft={"target_modules": "nowhere"})
