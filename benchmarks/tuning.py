@@ -31,8 +31,7 @@ import timm
 import torch
 from torch import Tensor
 
-from miram.finetune.peft import METHODS, Tuned, apply
-from miram.finetune.peft.files import save
+from miram.finetune.peft import METHODS, Tuned, apply, save
 from miram.pretrain.encoder import Encoder
 
 MB = 2**20

@@ -31,7 +31,7 @@ class ProbeSection(Section):
     """blocks whose features the sweep's heads read, counted from the end"""
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = ("mean",)
     """how the sweep's heads pool each of them"""
-    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = LRS
+    lrs: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1)] = LRS
     """learning rates of the sweep's heads"""
     crops: NonNegativeInt = 0
     """random crops of each image that the sweep trains on; 0: it trains on the windows that cover the image"""
@@ -64,6 +64,6 @@ class ProbeConfig(Section):
     out: str = "runs/probe"
     """run folder"""
     seed: int = 0
-    """of folds, bootstrap, heads and random encoders"""
+    """of folds, bootstrap, heads and controls"""
     data: DataSection
     probe: ProbeSection

@@ -52,7 +52,8 @@ class Reading:
     """What is read off an encoder.
 
     Args:
-        layers: blocks, counted from the end (-1 is the last), each through the encoder's final norm.
+        layers: blocks, counted from the end (-1 is the last), each through the encoder's final norm; where timm norms
+            after pooling only, there is none and they come as they are.
         pools: features of a window or crop.
         crops: random crops of every image, as training draws them, beside the windows that cover it.
         tokens: keep all patch tokens of the last block.
@@ -269,7 +270,8 @@ def extract(vit: Encoder, shards: ShardDataset, reading: Reading, batch_size: in
         for kind, owners, batch in batched(pictures(vit, shards, reading), batch_size):
             for column, rows in columns_of(vit, kind, batch.to(device()), reading):
                 if not rows.isfinite().all():
-                    raise UserError(f"the encoder ({name}) gives features that are not finite; its weights are no good")
+                    half = " beyond 65,504, or" if rows.dtype == torch.float16 else ""
+                    raise UserError(f"the encoder ({name}) gives features{half} that are not finite; is it trained?")
                 columns.add(column, rows.cpu())
             if kind == "windows":
                 columns.add("owners", torch.tensor(owners))

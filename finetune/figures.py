@@ -12,11 +12,11 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from ..engine.metrics import chance
 from .task import Task
-from .trial import Probed
+from .trial import Contestant, Probed
 
 CAPTION = (
-    "Left: how the first probe classified the judged images. Right: the metric in each fold, a dot each; a bar is an "
-    "encoder's mean over folds, the dotted line what the majority class scores."
+    "Left: how the first probe classified the judged images. Right: an encoder's figure over all of them as a bar, its 95 % "
+    "interval as a line, a dot for every fold; dotted, what the majority class scores."
 )
 ACCENT, PALE, FAINT = "#2f6f9f", "#9aa5b1", "#d0d5da"
 BESIDE = ("#c8561b", "#5a5fc0", "#4d8032", "#a83279", "#a3790a")
@@ -36,11 +36,11 @@ def draw_probe(path: Path, task: Task, probed: Sequence[Probed]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def colours(probed: Sequence[Probed]) -> dict[str, str]:
+def colours(probed: Sequence[Probed]) -> dict[Contestant, str]:
     """A colour for every encoder: the first one's, one each beside it, and pale for random weights."""
-    of = {p.encoder.name: PALE if p.encoder.role == "control" else ACCENT for p in probed}
-    beside = dict.fromkeys(p.encoder.name for p in probed if p.encoder.role == "beside")
-    return of | {name: BESIDE[i % len(BESIDE)] for i, name in enumerate(beside)}
+    of = {p.encoder: PALE if p.encoder.role == "control" else ACCENT for p in probed}
+    beside = dict.fromkeys(p.encoder for p in probed if p.encoder.role == "beside")
+    return of | {encoder: BESIDE[i % len(BESIDE)] for i, encoder in enumerate(beside)}
 
 
 def draw_roc(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
@@ -50,7 +50,7 @@ def draw_roc(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
         fpr, tpr, _ = roc_curve(task.truth[p.judgement.images], p.judgement.probabilities[:, 1])
         name = "random weights" if p in controls[:1] else "" if p in controls else p.encoder.name
         width = 2 if p.encoder.role == "first" else 1
-        axis.plot(fpr, tpr, color=colour[p.encoder.name], linewidth=width, label=name or None)
+        axis.plot(fpr, tpr, color=colour[p.encoder], linewidth=width, label=name or None)
     axis.plot([0, 1], [0, 1], color=FAINT, linestyle=":")
     axis.set(xlabel="1 - specificity", ylabel=f"sensitivity for {task.name} = {task.classes[1]}", aspect="equal")
     axis.set_title(probed[0].method, fontsize=9)
@@ -73,13 +73,14 @@ def draw_confusion(axis: Axes, task: Task, probed: Probed) -> None:
 
 
 def draw_folds(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
-    """A row for every encoder, method after method: its figure in every fold, and their mean."""
+    """A row for every encoder, method after method: its figure with its interval, and a dot for every fold."""
     colour, methods = colours(probed), list(dict.fromkeys(p.method for p in probed))
     ordered = sorted(probed, key=lambda p: methods.index(p.method))
     places = [row + methods.index(p.method) for row, p in enumerate(ordered)]  # an empty row before each method
     for place, p in zip(places, ordered, strict=True):
-        axis.plot(p.folds, [place] * len(p.folds), "o", color=colour[p.encoder.name], alpha=0.6, markersize=4)
-        axis.vlines(np.mean(p.folds), place - 0.35, place + 0.35, color=colour[p.encoder.name], linewidth=2.5)
+        axis.plot(p.folds, [place] * len(p.folds), "o", color=colour[p.encoder], alpha=0.6, markersize=4)
+        axis.vlines(p.value, place - 0.35, place + 0.35, color=colour[p.encoder], linewidth=2.5)
+        axis.hlines(place, *p.estimate.interval, color=colour[p.encoder], linewidth=1)
     axis.axvline(chance(task.metric, len(task.classes)), color=FAINT, linestyle=":")
     axis.set_yticks(places, [p.encoder.name for p in ordered], fontsize=8)
     axis.set(ylim=(max(places) + 0.7, -0.7 - (len(methods) > 1)), xlabel=f"{task.metric}, {task.name}")

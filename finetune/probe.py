@@ -26,11 +26,12 @@ from .config import Method, ProbeConfig
 from .figures import CAPTION, draw_probe
 from .trial import Contestant, Probed, Trial, contestants, images_seen
 
+FEW_PATIENTS = 50  # below, intervals of a bootstrap over patients are too short to be left without a word
 CHOICES: Mapping[Method, str] = {
     "linear": "C of linear",
     "sweep": "learning rate, block and pooling of sweep",
     "knn": "number of neighbours and temperature of knn",
-    "attentive": "nothing of attentive, whose recipe is fixed",
+    "attentive": "length of training of attentive",
 }
 
 
@@ -51,6 +52,8 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
         say(read_json(run.folder / "result.json", RESULT))
         return run
     with run.recorded():
+        for encoder in named.values():
+            trial.check(encoder)
         probed = [p for encoder in encoders for p in trial.probe(encoder, run.folder.parent / "features")]
         write_result(run, trial, probed)
         write_predictions(run, trial, probed)
@@ -123,7 +126,7 @@ def differences(trial: Trial, probed: list[Probed]) -> Iterator[dict[str, object
     for prefix, (first, *beside), controls in by_method(trial, probed):
         others = [(p.encoder.name, [p]) for p in beside]
         if controls:
-            others.append((f"mean of {len(controls)} random" if len(controls) > 1 else "random", controls))
+            others.append((f"mean of {len(controls)} random" if len(controls) > 1 else "random 1", controls))
         for name, group in others:
             samples = first.samples - np.mean([p.samples for p in group], axis=0)
             gap = Estimate.of(first.value - mean_of(group).value, samples)
@@ -140,12 +143,15 @@ def notes(trial: Trial, judged: Sequence[int]) -> list[str]:
     """How the figures were made, for the reader of the report."""
     task, section = trial.task, trial.settings.probe
     first, *beside = (e for e in contestants(trial.settings) if e.role != "control")
-    ours = [e for e in beside if read_provenance(e.source)]
+    patients = len(np.unique(task.patients[np.isin(task.chosen, judged)]))
+    few = f" With {patients} patients they are too short: of nominal 95 %, 92 % held the truth with 20 in a simulation."
     return [
         seen(trial, "Pretraining", first, judged),
-        *(seen(trial, f"That of {e.name}", e, judged) for e in ours),
-        f"Intervals: 95 %, {section.replicates} bootstrap samples of patients. They do not cover the "
-        "spread over pretraining seeds.",
+        *(seen(trial, f"That of {e.name}", e, judged) for e in beside),
+        f"Intervals: 95 %, {section.replicates} bootstrap samples of patients. They hold the trained probes fixed: the "
+        "spread over folds, seeds of probes, random encoders and pretraining seeds is not in them."
+        + few
+        * (patients < FEW_PATIENTS),
         f"Chosen on inner folds of the training patients: {', '.join(CHOICES[method] for method in section.methods)}; "
         "no image is judged by a probe that saw its patient.",
         f"{task.metric} over all judged images together, not averaged over folds."
@@ -155,6 +161,10 @@ def notes(trial: Trial, judged: Sequence[int]) -> list[str]:
 
 def seen(trial: Trial, whose: str, encoder: Contestant, judged: Sequence[int]) -> str:
     """What pretraining saw of the judged images, as a sentence."""
+    if encoder.source.partition(":")[0] == "random":
+        return f"{encoder.name} had no pretraining."
+    if not read_provenance(encoder.source).get("data"):
+        return f"{whose} is not known: the encoder does not say which images it saw."
     count = images_seen(trial, encoder.source, judged)
     if count is None:
         return f"{whose} used another split of the same data, so it may have seen judged images, without labels."

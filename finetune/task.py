@@ -101,20 +101,28 @@ def check_official(task: Task, train: Ints, test: Ints) -> None:
             raise UserError(f"data.task={task.name}: no image of class {', '.join(missing)} is in split {name!r}")
 
 
-def grouped_folds(truth: Ints, patients: NDArray[np.str_], folds: int, seed: int, task: Task) -> Iterator[Fold]:
-    """Folds that keep a patient whole and classes balanced.
+def grouped_folds(
+    truth: Ints, patients: NDArray[np.str_], folds: int, seed: int, task: Task, setting: str = "probe.folds"
+) -> Iterator[Fold]:
+    """Folds that keep a patient whole and classes balanced; `setting` is what says how many.
 
     Raises:
-        UserError: a class has fewer patients than there are folds.
+        UserError: a class has fewer patients than there are folds, or is in none of those to fit on.
     """
-    for k in np.unique(truth):
+    for k, name in enumerate(task.classes):
         found = len(np.unique(patients[truth == k]))
         if found < folds:
             raise UserError(
-                f"data.task={task.name}: class {task.classes[k]!r} has {found} patients, fewer than {folds} folds; "
-                "lower probe.folds and probe.inner_folds, or ingest more patients"
+                f"data.task={task.name}: class {name!r} has {found} patients, fewer than {folds} folds ({setting}); "
+                "lower that (2 at the least), or ingest more patients"
             )
-    yield from StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32).split(truth, truth, patients)
+    for fit, rest in StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32).split(truth, truth, patients):
+        if len(np.unique(truth[fit])) < len(task.classes):
+            raise UserError(
+                f"data.task={task.name}: a class is missing from what a fold is fitted on; lower {setting}, set another "
+                "seed, or ingest more patients"
+            )
+        yield fit, rest
 
 
 def judge_folds(
@@ -156,9 +164,8 @@ def choose(task: Task, fit: Ints, folds: int, seed: int, candidates: Callable[[I
 
 
 def fold_scores(task: Task, judgement: Judgement) -> list[float]:
-    """The metric within each fold."""
+    """The metric within each fold that can be scored: no AUC of a single class."""
     truth = task.truth[judgement.images]
-    return [
-        score(task.metric, truth[judgement.fold == f], judgement.probabilities[judgement.fold == f])
-        for f in np.unique(judgement.fold)
-    ]
+    folds = [judgement.fold == f for f in np.unique(judgement.fold)]
+    scored = [fold for fold in folds if task.metric == "balanced accuracy" or len(np.unique(truth[fold])) == 2]
+    return [score(task.metric, truth[fold], judgement.probabilities[fold]) for fold in scored]

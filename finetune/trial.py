@@ -12,6 +12,7 @@ import numpy as np
 
 from ..data.opening import open_shards
 from ..data.shards import ShardDataset
+from ..engine.errors import UserError
 from ..engine.metrics import Estimate, Floats, bootstrap_scores, patient_bootstrap, score
 from ..engine.seeding import stable_seed
 from ..pretrain.encoder import Encoder
@@ -19,7 +20,7 @@ from ..pretrain.weights.loading import random_like, read_encoder, read_provenanc
 from .config import Method, ProbeConfig, ProbeSection
 from .features import Reading, cached_features
 from .probes import PROBES
-from .task import Fold, Judgement, Task, fold_scores, outer_folds, read_task
+from .task import Fold, Judgement, Task, fold_scores, grouped_folds, outer_folds, read_task
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,21 @@ def contestants(settings: ProbeConfig) -> list[Contestant]:
     section = settings.probe
     untrained = section.encoder.partition(":")[0] == "random"
     first = Contestant("untrained" if untrained else "pretrained", section.encoder, "first")
-    names = short(section.beside, taken=first.name)
+    names = short(section.beside, {first.name, "random", *(f"random {i}" for i in range(1, section.controls + 1))})
     beside = [Contestant(name, source, "beside") for name, source in zip(names, section.beside, strict=True)]
     seeds = [stable_seed(settings.seed, "control", i) % 2**63 for i in range(section.controls)]
     return [first, *beside, *(Contestant(f"random {i}", section.encoder, "control", s) for i, s in enumerate(seeds, 1))]
 
 
-def short(sources: Sequence[str], taken: str) -> Sequence[str]:
+def short(sources: Sequence[str], taken: set[str]) -> Sequence[str]:
     """Names for tables: of a file or run the last parts of its path, as many as tell them all apart."""
     paths = [Path(s).parent if s.endswith("encoder.safetensors") else Path(s) for s in sources]
     for parts in range(1, 1 + max((len(p.parts) for p in paths), default=0)):
         tails = ["/".join(path.parts[-parts:]) for path in paths]
         names = [tail if Path(s).exists() else s for s, tail in zip(sources, tails, strict=True)]
-        if len({*names, taken}) == 1 + len(sources):
+        if len({*names, *taken}) == len(names) + len(taken):
             return names
-    return sources
+    return [f"beside {i}: {source}" for i, source in enumerate(sources, 1)]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ class Trial:
         """
         shards = open_shards(settings.data)
         task = read_task(shards, settings.data.task)
-        return cls(settings, shards, task, *outer_folds(task, settings.probe.folds, settings.seed))
+        splits, name = outer_folds(task, settings.probe.folds, settings.seed)
+        for fit, _ in splits:
+            inner = settings.probe.inner_folds
+            list(grouped_folds(task.truth[fit], task.patients[fit], inner, settings.seed, task, "probe.inner_folds"))
+        return cls(settings, shards, task, splits, name)
 
     @cached_property
     def weights(self) -> Floats:
@@ -108,13 +113,24 @@ class Trial:
             self.task.truth[judged], self.task.patients[judged], section.replicates, self.settings.seed
         )
 
+    def check(self, encoder: Contestant) -> None:
+        """Refuse what would only be found out after hours.
+
+        Raises:
+            UserError: the encoder is not there, or has not what is to be read off it.
+        """
+        vit, _ = encoder.read(self.shards.channels)
+        try:
+            reading(suited(self.settings.probe, vit), self.settings.seed).check(vit)
+        except UserError as error:
+            raise UserError(f"encoder {encoder.source}: {error}") from error
+
     def probe(self, encoder: Contestant, cache: Path) -> Iterator[Probed]:
         """Features of one encoder, then every method's judgement and figure."""
         vit, keys = encoder.read(self.shards.channels)
         section = suited(self.settings.probe, vit)
-        features = cached_features(
-            vit, self.shards, reading(section, self.settings.seed), section.batch_size, cache, encoder.name
-        )
+        asked = reading(section, self.settings.seed)
+        features = cached_features(vit, self.shards, asked, section.batch_size, cache, encoder.name)
         for method in section.methods:
             judgement = PROBES[method](features, self.task, self.splits, section, self.settings.seed)
             truth = self.task.truth[judgement.images]

@@ -18,7 +18,7 @@ from ...engine.tensors import form_of, in_file_order, read_forms, read_into, wri
 from ...pretrain.encoder import Encoder
 from .shape import Shape
 
-ADAPTER = "adapter.safetensors"
+TENSORS = "adapter.safetensors"
 MARK = "tuned_with"  # attribute of an encoder that carries a method
 
 
@@ -65,7 +65,7 @@ class Method(Section):
 
     def write(self, model: nn.Module, contents: Mapping[str, Tensor], folder: Path) -> None:
         """Write the contents, gathered from all ranks, into a folder."""
-        write_all(folder / ADAPTER, contents)
+        write_all(folder / TENSORS, contents)
 
     def read(self, model: nn.Module, folder: Path) -> None:
         """Read what `write` wrote into a model that was attached in the same way.
@@ -73,7 +73,7 @@ class Method(Section):
         Raises:
             UserError: the names or shapes are not those of this model.
         """
-        wanted, path = dict(learnt(model)), folder / ADAPTER
+        wanted, path = dict(learnt(model)), folder / TENSORS
         forms, found = {name: form_of(tensor) for name, tensor in wanted.items()}, read_forms(path)
         if odd := sorted({name for name, _ in forms.items() ^ found.items()}):
             raise UserError(f"{path} does not fit this encoder and these options: {', '.join(odd[:4])} differ")

@@ -27,12 +27,13 @@ from ...engine.errors import UserError, one_line
 from ...engine.files import make_folder, read_json, sha256, sync_folder, write_json
 from ...engine.tensors import read_into, whole
 from ...pretrain.encoder import Encoder
-from . import describe, put_on, read_method, without_classifier
-from .base import Size, Tuned, write_all
-from .low_rank import classifier, from_peft
+from .base import TENSORS, Size, Tuned, write_all
+from .low_rank import PEFT_WEIGHTS, classifier, from_peft
+from .registry import describe, prepare, put_on, read_method
 
 ADAPTER = "miram.adapter/1"
 CARD, HEAD, CONFIG = "adapter.json", "head.safetensors", "adapter_config.json"
+FILES = (TENSORS, HEAD, CONFIG, PEFT_WEIGHTS)  # what may lie beside the card
 
 
 class Base(Section):
@@ -61,7 +62,7 @@ class Card(Section):
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def save(tuned: Tuned, folder: Path, writes: bool = True) -> None:
+def save(tuned: Tuned, folder: str | Path, writes: bool = True) -> None:
     """Write what learnt, and the head.
 
     Args:
@@ -73,6 +74,7 @@ def save(tuned: Tuned, folder: Path, writes: bool = True) -> None:
         UserError: the folder is there already, the model was merged, or its head is none of `set_head`.
     """
     tuned.refuse_if_used_up()
+    folder = Path(folder)
     if not isinstance(tuned.head, nn.Linear | nn.Identity):
         raise UserError(
             f"a head that is a {type(tuned.head).__name__} is not saved, only that of set_head; keep it apart"
@@ -106,14 +108,14 @@ def card_of(tuned: Tuned, folder: Path) -> dict[str, Any]:
         "trainable": tuned.trainable,
         "frozen": tuned.frozen,
         "expected": tuned.expected,
-        "files": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
 
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def load(folder: Path, encoder: Encoder, force: bool = False) -> Tuned:
+def load(folder: str | Path, encoder: Encoder, force: bool = False) -> Tuned:
     """The tuned encoder that was saved, on its encoder, which is changed in place.
 
     Args:
@@ -124,9 +126,10 @@ def load(folder: Path, encoder: Encoder, force: bool = False) -> Tuned:
     Raises:
         UserError: nothing is there, it is damaged, or it belongs on another encoder.
     """
+    folder = Path(folder)
     card = read_card(folder)
     method = read_method(card.method, card.options)
-    without_classifier(encoder)
+    prepare(encoder, card.method, method)
     if card.base and not force:
         refuse_another(folder, card.base, Base(**describe(encoder)))
     tuned = put_on(encoder, card.method, method)
@@ -146,11 +149,11 @@ def refuse_another(folder: Path, wanted: Base, here: Base) -> None:
     Raises:
         UserError: what differs.
     """
-    if odd := [key for key in Base.model_fields if getattr(wanted, key) != getattr(here, key)]:
-        theirs, ours = (str(getattr(base, odd[0]))[:40] for base in (wanted, here))
+    odd = [key for key in Base.model_fields if getattr(wanted, key) != getattr(here, key)]
+    if odd:
+        pairs = (f"{key} {getattr(wanted, key)!s:.12}, here {getattr(here, key)!s:.12}" for key in odd)
         raise UserError(
-            f"{folder} was tuned on another encoder: its {', '.join(odd)} differ ({theirs}, here {ours}); "
-            "load that one, or force it"
+            f"{folder} was tuned on another encoder ({'; '.join(pairs)}): load that one, or pass force=True"
         )
 
 
@@ -161,12 +164,14 @@ def read_card(folder: Path) -> Card:
         UserError: neither is there, or something of it is damaged.
     """
     if not (folder / CARD).exists() and (folder / CONFIG).exists():
+        if (folder / HEAD).exists():
+            raise UserError(f"{folder} has {HEAD} but no {CARD}: a part of an adapter; copy the whole folder again")
         return card_of_peft(folder / CONFIG)
     content = read_json(folder / CARD, ADAPTER)
     try:
         text = json.dumps({key: value for key, value in content.items() if key != "schema"})
         card = Card.model_validate_json(text, strict=True)
-        odd = [name for name in card.files if Path(name).name != name or not name.endswith(".safetensors")]
+        odd = sorted(card.files.keys() - FILES)
         if odd or card.base is None or (card.classes is not None) != (HEAD in card.files):
             raise ValueError(f"its files or base cannot be {odd or card.base}")
     except (ValidationError, ValueError) as error:

@@ -1,14 +1,15 @@
 """An attentive probe: learned queries look over frozen patch tokens, and a linear head reads what they found.
 
 Mean pooling dilutes a finding of one patch by the number of patches; a query that has learnt what to look for does not
-(Bardes et al. 2024, arXiv 2404.08471, Darcet et al. 2025, arXiv 2502.08769, and Psomas et al. 2025, arXiv 2506.10178,
-judge frozen encoders like this). For an input-independent query the key and value projections of cross-attention fold
-into the query and the head, so neither is written here: with a few hundred labelled patients every parameter that adds
-nothing costs accuracy.
+(Efficient Probing, Psomas et al. 2025, arXiv 2506.10178, judges frozen encoders like this). Its key and value
+projections fold into the query and the head, so neither is written here. Ours has 4 queries instead of 32, each over
+all channels, and whitens the tokens: with a few hundred labelled patients every parameter that adds nothing costs
+accuracy.
 
-The recipe is fixed, nothing is chosen on any fold: tokens whitened on the training images, classes weighted to
-balance, AdamW with a one-cycle cosine, decay on the head alone. Whitened, because a few directions hold nearly all of
-the variance of a young encoder's tokens (measured: four hold nine tenths), and descent would see nothing else.
+How long it is trained is chosen on inner folds of patients: a finding of one patch takes hundreds of steps to be found,
+and what every patch shows is overfitted by then. The rest of the recipe is fixed: classes weighted to balance, AdamW
+with a one-cycle cosine, decay on the head alone. Whitened on the training images, because a few directions hold nearly
+all of the variance of a young encoder's tokens (measured: four hold nine tenths), and descent would see nothing else.
 
 Images have as many tokens as their windows have patches, so a batch is padded and masked. Tokens are read from the
 file when they are needed: what is held is one batch, and for whitening one image.
@@ -35,10 +36,11 @@ from ...engine.metrics import Floats, Ints
 from ...engine.seeding import stable_seed
 from ..config import ProbeSection
 from ..features import Features
-from ..task import Fold, Judgement, Task, judge_folds
+from ..task import Fold, Judgement, Task, choose, judge_folds
 
 QUERIES, EPOCHS, BATCH = 4, 40, 64
 LR, WEIGHT_DECAY = 3e-3, 0.3
+STEPS = (60, 400)  # of all training images; as many epochs on an inner fold's
 RIDGE = 1e-3  # added to the eigenvalues of the channels' correlation before they are evened out
 
 
@@ -65,11 +67,18 @@ class TokenRows:
 
 
 def judge(features: Features, task: Task, splits: Sequence[Fold], settings: ProbeSection, seed: int) -> Judgement:
-    """Fit on each fold's training patients, judge the others; there is nothing to choose."""
+    """Fit on each fold's training patients, judge the others."""
+
+    def fitted(fit: Ints, rest: Ints, epochs: int) -> Floats:
+        known, asked = (TokenRows(features, task.chosen[part]) for part in (fit, rest))
+        return fit_attentive(known, task.truth[fit], seed=seed, epochs=epochs).predict(asked)
 
     def fit_and_judge(fit: Ints, rest: Ints) -> tuple[Floats, str]:
-        known, asked = (TokenRows(features, task.chosen[part]) for part in (fit, rest))
-        return fit_attentive(known, task.truth[fit], seed=seed).predict(asked), f"{QUERIES} queries"
+        lengths = [math.ceil(steps / math.ceil(len(fit) / BATCH)) for steps in STEPS]
+        best = choose(
+            task, fit, settings.inner_folds, seed, lambda a, b: np.stack([fitted(a, b, epochs) for epochs in lengths])
+        )
+        return fitted(fit, rest, lengths[best]), f"{STEPS[best]} steps"
 
     return judge_folds(task, splits, fit_and_judge)
 

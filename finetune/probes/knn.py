@@ -43,16 +43,18 @@ def judge(features: Features, task: Task, splits: Sequence[Fold], settings: Prob
 def count_votes(
     known: NDArray[np.float32], truth: Ints, asked: NDArray[np.float32], candidates: Sequence[Candidate], classes: int
 ) -> Floats:
-    """(f, D) features of (f,) classes and (m, D) features -> (c, m, k) shares of the votes.
+    """(f, D) features of (f,) classes and (m, D) features -> (c, m, k) shares of the votes, every class of equal weight.
 
-    A candidate that asks for more neighbours than there are gets all of them.
+    Without that the rare classes would be outvoted, which balanced accuracy punishes, and no other probe does. A
+    candidate that asks for more neighbours than there are gets all of them.
     """
     search = make_pipeline(StandardScaler(), nearest_neighbours(len(known), max(n for n, _ in candidates)))
     search.fit(known, truth)
     distances, nearest = search[-1].kneighbors(search[0].transform(asked))  # the nearest first
     of_class = np.eye(classes)[truth[nearest]]  # (m, neighbours, k)
-    shares = []
+    counts, shares = np.bincount(truth, minlength=classes), []
     for n, temperature in candidates:
         weights = votes(distances[:, :n], temperature)
-        shares.append(np.einsum("mn,mnk->mk", weights / weights.sum(1, keepdims=True), of_class[:, :n]))
+        balanced = np.einsum("mn,mnk->mk", weights, of_class[:, :n]) / np.maximum(counts, 1)
+        shares.append(balanced / balanced.sum(1, keepdims=True))
     return np.stack(shares)

@@ -101,8 +101,8 @@ def standardised(views: Views, fit: Ints, rest: Ints) -> tuple[Tensor, Tensor]:
     """(n, v, D+1) to train on and (m, D+1) to judge, by mean and deviation of the former; a constant is the bias."""
     x = views.trained[fit]
     mean, deviation = x.mean((0, 1), dtype=np.float64), x.std((0, 1), dtype=np.float64)
-    scale = np.where(deviation > 0, deviation, 1)
-    scaled = (torch.from_numpy(((part - mean) / scale).astype(np.float32)) for part in (x, views.judged[rest]))
+    shift, scale = mean.astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)
+    scaled = (torch.from_numpy((part - shift) / scale) for part in (x, views.judged[rest]))
     first, second = (F.pad(part, (0, 1), value=1).to(device()) for part in scaled)
     return first, second
 

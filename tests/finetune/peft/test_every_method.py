@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from vits import VITS, pictures
 
 from miram.engine.errors import UserError
-from miram.finetune.peft import METHODS, Tuned, apply
-from miram.finetune.peft.files import load, save
+from miram.finetune.peft import METHODS, Tuned, apply, load, save
 
 OPTIONS: dict[str, dict[str, Any]] = {  # small enough for two blocks of width 48; no dropout, so that runs compare
     "lora": {"rank": 2, "targets": ["qkv", "proj", "fc1", "fc2"]},

@@ -19,8 +19,7 @@ from vits import VITS, pictures, small
 from miram.engine.errors import UserError
 from miram.engine.launch import make_accelerator
 from miram.engine.parallel import shard
-from miram.finetune.peft import Tuned, apply, files
-from miram.finetune.peft.files import load, save
+from miram.finetune.peft import Tuned, apply, files, load, save
 
 
 def moved(method: str, vit: Any = None, classes: int = 2, **options: Any) -> Tuned:
@@ -65,7 +64,7 @@ def test_another_encoder_is_refused_and_left_as_it_was_unless_forced(tmp_path: P
     save(moved("bitfit"), tmp_path / "a")
     other = small()
     nn.init.ones_(other.blocks[0].mlp.fc1.weight)
-    with pytest.raises(UserError, match="tuned on another encoder: its digest differ"):
+    with pytest.raises(UserError, match="tuned on another encoder .digest"):
         load(tmp_path / "a", other)
     assert load(tmp_path / "a", other, force=True).name == "bitfit"
 
@@ -131,12 +130,37 @@ HEADS: list[dict[str, Callable[[], torch.Tensor]]] = [
 @pytest.mark.parametrize("head", HEADS)
 def test_an_odd_head_in_a_folder_of_pefts_is_one_sentence(head: dict[str, Any], tmp_path: Path) -> None:
     save(moved("lora", classes=0), tmp_path / "a")
-    (tmp_path / "a" / "adapter.json").unlink()
+    (tmp_path / "a" / "adapter.json").unlink()  # as peft leaves it
     path = tmp_path / "a" / "adapter_model.safetensors"
     odd = {f"base_model.model.head.{name}": make() for name, make in head.items()}
     save_file(load_file(path) | odd, path)
     with pytest.raises(UserError, match="no linear one on 48 features"):
         load(tmp_path / "a", small())
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"), [("adapter.json", "a part of an adapter"), ("adapter_config.json", "missing")]
+)
+def test_a_part_of_an_adapter_is_none(gone: str, said: str, tmp_path: Path) -> None:
+    save(moved("lora"), tmp_path / "a")
+    (tmp_path / "a" / gone).unlink()
+    with pytest.raises(UserError, match=said):
+        load(tmp_path / "a", small())
+
+
+def test_a_scale_that_was_edited_in_pefts_file_is_found(tmp_path: Path) -> None:
+    save(moved("lora"), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 400'))
+    with pytest.raises(UserError, match="adapter_config.json is missing or damaged"):
+        load(str(tmp_path / "a"), small())
+
+
+@pytest.mark.parametrize("odd", [nn.Linear(2, 2), "tuned"])
+def test_what_is_no_vit_is_refused_by_name(odd: Any, tmp_path: Path) -> None:
+    save(moved("ln"), tmp_path / "a")
+    with pytest.raises(UserError, match=r"not torch.nn.modules.linear.Linear|not miram.finetune.peft.base.Tuned"):
+        load(tmp_path / "a", moved("ln") if odd == "tuned" else odd)
 
 
 def test_what_cannot_be_saved_says_so(tmp_path: Path) -> None:

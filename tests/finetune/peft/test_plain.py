@@ -89,5 +89,5 @@ def test_a_method_or_option_that_is_not_there_is_named(method: str, options: dic
 
 
 def test_what_is_no_vit_is_refused() -> None:
-    with pytest.raises(UserError, match=r"not ResNet"):
+    with pytest.raises(UserError, match=r"not timm.*ResNet"):
         apply(timm.create_model("resnet18"), "bitfit")
