@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/miram demo $(if $(OUT),--out $(OUT)) $(if $(DATA),--data $(DATA)) $(if $(TASK),--task $(TASK))
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

@@ -3,7 +3,7 @@
 python benchmarks/tuning.py [--encoder vit_base_patch16_224] [--batch 4] [--device cpu | cuda] [--precision fp32 | bf16]
 python benchmarks/tuning.py --out benchmarks/results/tuning_cpu.txt
 
-Each method is measured in a process of its own, on random images: one step of AdamW to warm up, then five.
+Each method is measured in a process of its own, on random images: one step of AdamW to warm up, then three.
   trainable   numbers that learn, and their closed form beside them: a difference fails the run
   kept        bytes that the forward pass keeps for the backward pass, each storage once, parameters left out
   peak        the highest level of memory (a GPU's allocator; on a processor the process's resident pages) less what it
@@ -35,7 +35,7 @@ from miram.finetune.peft import METHODS, Tuned, apply, save
 from miram.pretrain.encoder import Encoder
 
 MB = 2**20
-STEPS = 5
+STEPS = 3
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
     ("linear", {}),

@@ -15,8 +15,8 @@ from .task import Task
 from .trial import Contestant, Probed
 
 CAPTION = (
-    "Left: how the first probe classified the judged images. Right: an encoder's figure over all of them as a bar, its 95 % "
-    "interval as a line, a dot for every fold; dotted, what the majority class scores."
+    "Left: how the first probe classified the judged images. Right: an encoder's figure over all of them as a bar, its "
+    "95 % interval as a line, a dot for every fold; dotted, what the majority class scores."
 )
 ACCENT, PALE, FAINT = "#2f6f9f", "#9aa5b1", "#d0d5da"
 BESIDE = ("#c8561b", "#5a5fc0", "#4d8032", "#a83279", "#a3790a")

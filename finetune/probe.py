@@ -14,6 +14,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -46,14 +47,15 @@ def probe(config: str, arguments: Sequence[str] = ()) -> Run:
     encoders = contestants(settings)
     named = {"encoder" if e.role == "first" else f"encoder {e.name}": e for e in encoders if e.role != "control"}
     inputs = trial.shards.inputs | {name: encoder_digest(e.source) for name, e in named.items()}
+    if not (Path(settings.out) / "result.json").exists():
+        for encoder in named.values():  # now, and not after hours, or in a run folder that is then in the way
+            trial.check(encoder)
     run = open_run(settings, settings.out, "probe", inputs)
     if run.finished:
         print(f"{run.folder} is finished; nothing to do")
         say(read_json(run.folder / "result.json", RESULT))
         return run
     with run.recorded():
-        for encoder in named.values():
-            trial.check(encoder)
         probed = [p for encoder in encoders for p in trial.probe(encoder, run.folder.parent / "features")]
         write_result(run, trial, probed)
         write_predictions(run, trial, probed)

@@ -119,8 +119,8 @@ def grouped_folds(
     for fit, rest in StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32).split(truth, truth, patients):
         if len(np.unique(truth[fit])) < len(task.classes):
             raise UserError(
-                f"data.task={task.name}: a class is missing from what a fold is fitted on; lower {setting}, set another "
-                "seed, or ingest more patients"
+                f"data.task={task.name}: a class is missing from what a fold is fitted on; lower {setting}, "
+                "set another seed, or ingest more patients"
             )
         yield fit, rest
 

@@ -43,7 +43,7 @@ def judge(features: Features, task: Task, splits: Sequence[Fold], settings: Prob
 def count_votes(
     known: NDArray[np.float32], truth: Ints, asked: NDArray[np.float32], candidates: Sequence[Candidate], classes: int
 ) -> Floats:
-    """(f, D) features of (f,) classes and (m, D) features -> (c, m, k) shares of the votes, every class of equal weight.
+    """(f, D) features of (f,) classes and (m, D) features -> (c, m, k) shares of votes, all classes of equal weight.
 
     Without that the rare classes would be outvoted, which balanced accuracy punishes, and no other probe does. A
     candidate that asks for more neighbours than there are gets all of them.

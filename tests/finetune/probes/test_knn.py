@@ -20,7 +20,8 @@ def test_every_candidate_is_what_scikit_learn_predicts_with_the_votes_of_the_mon
     found = count_votes(known, truth, asked, candidates, classes=3)
     for (n, temperature), shares in zip(candidates, found, strict=True):
         model = make_pipeline(StandardScaler(), nearest_neighbours(70, n, temperature)).fit(known, truth)
-        np.testing.assert_allclose(shares, model.predict_proba(asked), atol=1e-5)
+        balanced = model.predict_proba(asked) / np.bincount(truth)
+        np.testing.assert_allclose(shares, balanced / balanced.sum(1, keepdims=True), atol=1e-5)
     assert np.abs(found[0] - found[1]).max() > 0.01
     assert np.abs(found[1] - found[2]).max() > 0.01
 
@@ -34,7 +35,7 @@ def test_votes_are_exponentials_of_cosines_of_standardised_features() -> None:
     cosines = b @ a.T / np.linalg.norm(b, axis=1)[:, None] / np.linalg.norm(a, axis=1)
     for row, shares in zip(cosines, found, strict=True):
         nearest = np.argsort(-row)[:10]
-        votes = np.array([np.exp(row[nearest] / 0.1)[truth[nearest] == k].sum() for k in range(2)])
+        votes = np.array([np.exp(row[nearest] / 0.1)[truth[nearest] == k].sum() / (truth == k).sum() for k in range(2)])
         np.testing.assert_allclose(votes / votes.sum(), shares, atol=1e-5)
 
 
@@ -42,6 +43,13 @@ def test_a_class_without_a_neighbour_gets_no_vote() -> None:
     x = np.eye(4, dtype=np.float32)
     found = count_votes(x, np.array([0, 0, 2, 2]), x, [(1, 0.1)], classes=4)
     np.testing.assert_allclose(found[0], np.eye(4)[[0, 0, 2, 2]], atol=1e-6)
+
+
+def test_a_rare_class_is_not_outvoted() -> None:
+    """Of 100 neighbours that know nothing 10 are of the rare class: every class has an equal part of the votes."""
+    x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    (found,) = count_votes(x, (np.arange(100) < 10).astype(int), x[50:], [(100, 1e6)], classes=2)
+    np.testing.assert_allclose(found, 0.5, atol=1e-3)
 
 
 @pytest.mark.parametrize("leaking", [False, True])
