@@ -146,14 +146,12 @@ def notes(trial: Trial, judged: Sequence[int]) -> list[str]:
     task, section = trial.task, trial.settings.probe
     first, *beside = (e for e in contestants(trial.settings) if e.role != "control")
     patients = len(np.unique(task.patients[np.isin(task.chosen, judged)]))
-    few = f" With {patients} patients they are too short: of nominal 95 %, 92 % held the truth with 20 in a simulation."
+    few = f" With {patients} patients they are too short to be taken at their word." * (patients < FEW_PATIENTS)
     return [
         seen(trial, "Pretraining", first, judged),
         *(seen(trial, f"That of {e.name}", e, judged) for e in beside),
         f"Intervals: 95 %, {section.replicates} bootstrap samples of patients. They hold the trained probes fixed: the "
-        "spread over folds, seeds of probes, random encoders and pretraining seeds is not in them."
-        + few
-        * (patients < FEW_PATIENTS),
+        f"spread over folds, seeds of probes, random encoders and pretraining seeds is not in them.{few}",
         f"Chosen on inner folds of the training patients: {', '.join(CHOICES[method] for method in section.methods)}; "
         "no image is judged by a probe that saw its patient.",
         f"{task.metric} over all judged images together, not averaged over folds."
