@@ -132,7 +132,7 @@ def test_a_demo_on_small_data_of_ones_own_runs_to_a_report(
         demo.run_demo(phantoms, "mass", tmp_path / "demo")
         said = capsys.readouterr().out
         assert "AUC of mass" in said
-        assert "pretrained - mean of 1 random" in said
+        assert "pretrained - random 1" in said
         assert "report.html" in said
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64") == 3  # reconstructions, attention, the probe

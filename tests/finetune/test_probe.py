@@ -18,7 +18,7 @@ from miram.engine.errors import UserError
 from miram.engine.metrics import score
 from miram.finetune.probe import probe, tally
 from miram.finetune.probes import sweep
-from miram.finetune.task import Task, choose, outer_folds, read_task
+from miram.finetune.task import Judgement, Task, choose, fold_scores, grouped_folds, outer_folds, read_task
 from miram.finetune.trial import short, suited
 from miram.pretrain.encoder import EncoderCard, build_encoder, card_for, save_encoder
 
@@ -120,10 +120,46 @@ def test_a_finished_probe_is_left_alone(probed: Path, phantoms: Path, encoder: P
 
 
 def test_an_encoder_that_is_not_there_is_named(phantoms: Path, tmp_path: Path) -> None:
-    settings = [f"--data.shards={phantoms}", "--data.task=mass", "--probe.folds=2", "--probe.encoder=nowhere"]
+    settings = [
+        f"--data.shards={phantoms}",
+        "--data.task=mass",
+        "--probe.folds=2",
+        "--probe.inner_folds=2",
+        "--probe.encoder=nowhere",
+    ]
     with pytest.raises(UserError, match="nowhere"):
         probe("probe/demo", [*settings, f"--out={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_encoder_has_not_is_found_before_a_run_is_begun(phantoms: Path, encoder: Path, tmp_path: Path) -> None:
+    settings = [f"--data.shards={phantoms}", "--data.task=mass", "--probe.folds=2", "--probe.inner_folds=2"]
+    settings += [f"--probe.encoder={encoder}", "--probe.methods=[sweep]", "--probe.layers=[-2]"]
+    with pytest.raises(UserError, match=rf"encoder {encoder}: layer -2 is not there"):
+        probe("probe/demo", [*settings, f"--out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_that_no_fold_can_be_fitted_on_is_refused() -> None:
+    """Three classes of at least two patients each, which scikit-learn still cannot share out over two folds."""
+    patients = np.repeat(np.arange(5), [4, 3, 4, 2, 1])
+    truth = np.array([1, 0, 0, 1, 1, 2, 1, 0, 0, 0, 0, 2, 2, 1])
+    three = replace(task(truth, patients), classes=("a", "b", "c"))
+    with pytest.raises(UserError, match="a class is missing from what a fold is fitted on"):
+        list(grouped_folds(truth, patients, 2, 0, three))
+
+
+def test_a_fold_of_a_single_class_has_no_auc_of_its_own() -> None:
+    made_up = task(np.array([0, 0, 0, 1]), np.arange(4))
+    p = np.array([0.1, 0.2, 0.3, 0.9])
+    judgement = Judgement(np.arange(4), np.stack([1 - p, p], 1), np.array([0, 0, 1, 1]), ("", ""))
+    assert fold_scores(made_up, judgement) == [1.0]
+
+
+def test_an_encoder_that_does_not_say_what_it_saw_is_not_said_to_have_seen_nothing(full: Path) -> None:
+    notes = json.loads((full / "result.json").read_text())["notes"]
+    assert sum("is not known: the encoder does not say" in note for note in notes) == 3
+    assert not any("saw none" in note for note in notes)
 
 
 def test_an_official_split_that_shares_patients_is_refused() -> None:
@@ -214,7 +250,7 @@ def test_every_method_of_every_encoder_is_a_row_and_stands_against_the_first(ful
     assert [row["name"] for row in result["rows"]] == [f"{m}: {e}" for m in methods for e in encoders] + [
         "majority class"
     ]
-    against = ["copy", "no_token", "random"]
+    against = ["copy", "no_token", "random 1"]
     assert [row["name"] for row in result["differences"]] == [
         f"{m}: pretrained - {e}" for m in methods for e in against
     ]
