@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from ...engine.config import Section
 from ...engine.errors import UserError, one_line
@@ -79,8 +80,8 @@ def save(tuned: Tuned, folder: str | Path, writes: bool = True) -> None:
         raise UserError(
             f"a head that is a {type(tuned.head).__name__} is not saved, only that of set_head; keep it apart"
         )
-    contents = {name: whole(tensor).detach() for name, tensor in tuned.method.contents(tuned.model).items()}
-    head = {name: whole(tensor).detach() for name, tensor in tuned.head.state_dict().items()}
+    contents = gathered(tuned.method.contents(tuned.model), writes)
+    head = gathered(tuned.head.state_dict(), writes)
     if not writes:
         return
     if folder.exists():
@@ -96,6 +97,16 @@ def save(tuned: Tuned, folder: str | Path, writes: bool = True) -> None:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     sync_folder(folder.parent)
+
+
+def gathered(tensors: Mapping[str, Tensor], writes: bool) -> dict[str, Tensor]:
+    """The tensors, put together from all ranks one by one; in host memory, and of the rank that writes only."""
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if writes:
+            found[name] = value.cpu()
+    return found
 
 
 def card_of(tuned: Tuned, folder: Path) -> dict[str, Any]:
