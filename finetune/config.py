@@ -18,7 +18,7 @@ class ProbeSection(Section):
     """What is asked of frozen features, and of whose."""
 
     encoder: str
-    """pretraining run, encoder.safetensors, timm:NAME or another encoder's file, random or random:NAME"""
+    """pretraining run, encoder.safetensors, timm:NAME, another encoder's file, random (a ViT-S) or random:NAME"""
     beside: tuple[str, ...] = ()
     """other encoders, named alike, judged on the same images and compared with the first"""
     controls: NonNegativeInt = 3
