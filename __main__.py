@@ -62,6 +62,14 @@ def probe(context: typer.Context) -> None:
 
 
 @app.command(context_settings=STAGE, add_help_option=False)
+def finetune(context: typer.Context) -> None:
+    """Tune an encoder for classification: CONFIG --section.key=value …; --sweep compares methods; --help lists keys."""
+    from .finetune.__main__ import start
+
+    start("miram finetune", context.args)
+
+
+@app.command(context_settings=STAGE, add_help_option=False)
 def plan(
     context: typer.Context,
     no_time: Annotated[bool, typer.Option("--no-time", help="Time nothing.")] = False,
@@ -120,10 +128,13 @@ def config(
 ) -> None:
     """Print a configuration as a run would resolve it: CONFIG --section.key=value …"""
     from .engine.config import dump_yaml, load, read_tree
+    from .finetune.classify.config import FinetuneConfig
     from .finetune.config import ProbeConfig
     from .pretrain.config import PretrainConfig
 
-    schema = ProbeConfig if "probe" in read_tree(stage) else PretrainConfig
+    kinds = {"probe": ProbeConfig, "finetune": FinetuneConfig}
+    tree = read_tree(stage)
+    schema = next((kind for section, kind in kinds.items() if section in tree), PretrainConfig)
     print(dump_yaml(load(schema, stage, context.args)), end="")
 
 

@@ -82,7 +82,7 @@ class _Body:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Finding:
+class Finding:
     """A lesion of one breast: where it is (as shares of the breast's extent) and what it looks like."""
 
     label: str
@@ -106,7 +106,7 @@ def render(settings: PhantomSettings, patient: int, side: str, view: str) -> Fil
     thickness = _thickness(body, nipple_y, depth, grid)
     tissue = _tissue(body, view, nipple_y, depth, grid, rng)
     mask, circles = np.zeros((settings.size, round(0.8 * settings.size)), np.uint8), []
-    for k, finding in enumerate(_findings(settings, patient, side), start=1):
+    for k, finding in enumerate(findings(settings, patient, side), start=1):
         window, lesion = _lesion(finding, _place(finding, body, view, nipple_y), grid)
         lesion *= thickness[window]
         tissue[window] += settings.contrast * lesion
@@ -126,7 +126,7 @@ def render(settings: PhantomSettings, patient: int, side: str, view: str) -> Fil
 
 
 def _breast(settings: PhantomSettings, patient: int, side: str) -> list[Record]:
-    found = {finding.label for finding in _findings(settings, patient, side)}
+    found = {finding.label for finding in findings(settings, patient, side)}
     labels: dict[str, Label] = {
         "density": _body(settings.seed, patient).density,
         "mass": int("mass" in found),
@@ -173,13 +173,14 @@ def _body(seed: int, patient: int) -> _Body:
     )
 
 
-def _findings(settings: PhantomSettings, patient: int, side: str) -> list[_Finding]:
+def findings(settings: PhantomSettings, patient: int, side: str) -> list[Finding]:
+    """The lesions of a breast, in the order in which its masks number them."""
     key = (patient, 1 + SIDES.index(side), 0)
     rng = stream(settings.seed, *key)
     present = rng.random(2) < (settings.mass_rate, settings.calc_rate)
     radii = np.clip(np.exp(rng.normal(np.log((8.5, 4.6)), (0.38, 0.45))), (4, 2), (18, 9))
     return [
-        _Finding(
+        Finding(
             label=label,
             radius=float(radius),
             inward=rng.uniform(0.25, 0.72),
@@ -284,13 +285,13 @@ def _strands(body: _Body, nipple_y: float, grid: Grid, rng: np.random.Generator)
     return lines(y, x, bright * length / steps, _STRAND_MM, grid)
 
 
-def _place(finding: _Finding, body: _Body, view: str, nipple_y: float) -> tuple[float, float]:
+def _place(finding: Finding, body: _Body, view: str, nipple_y: float) -> tuple[float, float]:
     """A lesion's (y, x) in mm. Both views share its distance to the chest wall, not its place across."""
     reach = body.half_height * np.sqrt(1 - finding.inward**2)
     return nipple_y + finding.across[VIEWS.index(view)] * reach, finding.inward * body.depth
 
 
-def _lesion(finding: _Finding, centre: tuple[float, float], grid: Grid) -> tuple[tuple[slice, slice], Array]:
+def _lesion(finding: Finding, centre: tuple[float, float], grid: Grid) -> tuple[tuple[slice, slice], Array]:
     """A window of the grid and what the lesion adds there, in units of adipose tissue."""
     y, x = centre
     reach = 2.2 * finding.radius + 2

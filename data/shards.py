@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -41,6 +42,31 @@ class Sample:
         """Memory its arrays take; packed pixels stay on disk."""
         held = 0 if isinstance(self.pixels, PackedPixels) else self.pixels.nbytes
         return held + (0 if self.mask is None else self.mask.nbytes)
+
+
+class Cache:
+    """Decoded images that were asked for last, up to a number of bytes; packed pixels are on disk anyway."""
+
+    def __init__(self, limit: int):
+        self.limit, self.held = limit, 0
+        self._samples: OrderedDict[tuple[int, int], Sample] = OrderedDict()
+
+    def __contains__(self, place: tuple[int, int]) -> bool:
+        return place in self._samples
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        self._samples.move_to_end(place)
+        return self._samples[place]
+
+    def keep(self, place: tuple[int, int], sample: Sample) -> None:
+        """Keep a sample, and let go of those that were not asked for the longest."""
+        if isinstance(sample.pixels, PackedPixels) or sample.nbytes > self.limit:
+            return
+        self._samples[place] = sample
+        self.held += sample.nbytes
+        while self.held > self.limit:
+            _, oldest = self._samples.popitem(last=False)
+            self.held -= oldest.nbytes
 
 
 class ShardDataset:
@@ -85,15 +111,14 @@ class ShardDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process opens its own files and keeps its own images."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_store", "_cache", "_cache_bytes", "_checked")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_store", "_cache", "_checked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Nothing is open and nothing kept."""
         self.__dict__ |= state
         self._store = open_store(self.roots[0], max(64, self._cache_limit >> 20))
         self._checked: set[str] = set()
-        self._cache: OrderedDict[int, Sample] = OrderedDict()
-        self._cache_bytes = 0
+        self._cache = Cache(self._cache_limit)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -104,14 +129,23 @@ class ShardDataset:
         Raises:
             UserError: its bytes are damaged or missing.
         """
-        if i not in self._cache:
-            return self._remember(i, self._read(i))
-        self._cache.move_to_end(i)
-        return self._cache[i]
+        place = self._place(i)
+        if place not in self._cache:
+            sample = self._read(i)
+            self._cache.keep(place, sample)
+            return sample
+        return self._cache[place]
 
     def root(self, i: int) -> str:
         """The data set that sample i belongs to."""
         return self.roots[self.rows.chosen[i, 0]]
+
+    def subset(self, rows: Sequence[int] | NDArray[np.int64]) -> ShardDataset:
+        """These rows alone, in the order of the shards; decoded images are kept for both."""
+        chosen, other = sorted({int(i) for i in rows}), copy(self)
+        other.rows, other.splits = self.rows.take(chosen), [self.splits[i] for i in chosen]
+        other._store, other._cache = self._store, self._cache
+        return other
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -122,7 +156,9 @@ class ShardDataset:
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start fetching samples that will be asked for soon, where they are remote."""
         if self._remote:
-            self._store.prefetch([p for i in numbers if i not in self._cache for p in self._places(i).values()])
+            self._store.prefetch(
+                [p for i in numbers if self._place(i) not in self._cache for p in self._places(i).values()]
+            )
 
     def member(self, i: int, kind: str) -> bytes:
         """The bytes of one member (`png`, `json`, `mask.png`, …) of sample i."""
@@ -189,15 +225,10 @@ class ShardDataset:
             self._checked.add(shard)
         return self._store
 
-    def _remember(self, i: int, sample: Sample) -> Sample:
-        if isinstance(sample.pixels, PackedPixels) or sample.nbytes > self._cache_limit:
-            return sample
-        self._cache[i] = sample
-        self._cache_bytes += sample.nbytes
-        while self._cache_bytes > self._cache_limit:
-            _, oldest = self._cache.popitem(last=False)
-            self._cache_bytes -= oldest.nbytes
-        return sample
+    def _place(self, i: int) -> tuple[int, int]:
+        """Table and row of sample i, the same in every subset."""
+        table, row = self.rows.chosen[i]
+        return int(table), int(row)
 
     def _choose(
         self, split: str | None, split_file: Path | str | None, fold: int | None

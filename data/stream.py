@@ -8,6 +8,7 @@ dropped. Where a run stands is one integer, the number of batches it has taken.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -145,6 +146,55 @@ class EpochStream:
             if reason not in self._named:
                 self._named.add(reason)
                 print(f"miram: skipped: {reason}", file=sys.stderr, flush=True)
+
+
+class BalancedStream(EpochStream):
+    """As `EpochStream`, but each class comes equally often in an epoch, and each sample of a class give or take one.
+
+    An epoch has as many samples as the data set, so those of a large class are not all in it. What comes again is
+    asked for with another epoch, as a view is a function of that: it is another view.
+
+    Args:
+        classes: (n,) of the samples.
+    """
+
+    def __init__(
+        self,
+        shards: ShardDataset,
+        view: View,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        *,
+        classes: NDArray[np.int64],
+        skip: bool = False,
+    ):
+        super().__init__(shards, view, batch_size, seed, workers, skip=skip)
+        assert len(classes) == len(shards), (len(classes), len(shards))
+        self.members = [np.flatnonzero(classes == c) for c in np.unique(classes)]
+        self._drawn = lru_cache(maxsize=2)(self._draw)
+
+    def places(self, batch: int) -> list[Place]:
+        """The samples of global batch number `batch`, counted from the start of training."""
+        epoch, t = divmod(batch, self.batches_per_epoch)
+        return self._drawn(epoch)[t * self.batch_size : (t + 1) * self.batch_size]
+
+    def _draw(self, epoch: int) -> list[Place]:
+        rng, total = generator(self.seed, epoch, "balanced"), len(self.dataset)
+        counts = np.diff(np.arange(len(self.members) + 1) * total // len(self.members))
+        drawn = [_again(rng, of, n) for of, n in zip(self.members, counts.tolist(), strict=True)]
+        order = rng.permutation(np.concatenate(drawn)).tolist()
+        came: Counter[int] = Counter()
+        found = []
+        for i in order:
+            found.append((i, epoch * total + came[i]))  # no sample comes more often than there are places
+            came[i] += 1
+        return found
+
+
+def _again(rng: np.random.Generator, members: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """`count` of them: all, again and again, each time in another order."""
+    return np.concatenate([rng.permutation(members) for _ in range(count // len(members) + 1)])[:count]
 
 
 def start_worker(number: int) -> None:

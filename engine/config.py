@@ -255,11 +255,15 @@ def _key_path(schema: type[BaseModel], problem: Any) -> Key:
     """The key an error is about. Pydantic's location also names the types of a union it tried: those are left out."""
     path: list[str] = []
     model: Any = schema
+    named = False  # the next part is a name that the user chose, of a mapping
     for part in problem["loc"]:
         fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
-        if isinstance(part, int) or part in fields:
+        if named or isinstance(part, int):
             path.append(str(part))
-            model = _inner(fields[part].annotation) if part in fields else model
+            named = False
+        elif part in fields:
+            path.append(part)
+            named, model = get_origin(fields[part].annotation) is dict, _inner(fields[part].annotation)
         elif part == problem["loc"][-1] and problem["type"] == "extra_forbidden":
             path.append(part)
     return tuple(path)
@@ -269,7 +273,7 @@ def _nearest(schema: type[BaseModel], location: Key) -> str:
     """`; did you mean 'train.batch_size'?` among the keys beside the unknown one."""
     model: Any = schema
     for part in location[:-1]:
-        model = _inner(model.model_fields[part].annotation) if not part.isdecimal() else model
+        model = _inner(model.model_fields[part].annotation) if part in model.model_fields else model
     parent = ".".join(location[:-1])
     known = list(model.model_fields)
     hint = did_you_mean(location[-1], known)
@@ -312,7 +316,7 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
     for name, field in schema.model_fields.items():
         inner = _inner(field.annotation)
         if isinstance(inner, type) and issubclass(inner, Section):
-            dot = ".0." if get_origin(field.annotation) in (list, tuple) else "."
+            dot = {list: ".0.", tuple: ".0.", dict: ".NAME."}.get(get_origin(field.annotation), ".")
             yield from keys(inner, f"{prefix}{name}{dot}")
         else:
             default = (

@@ -48,6 +48,7 @@ class Trainer:
         twin: made of the objective before it came here; None: it is looked at itself.
         told: settings that trackers are told at the start.
         signals: what was noted while the run started.
+        quiet: show nothing on the terminal; one of many trainings.
 
     Raises:
         UserError: the batch does not divide among ranks, or the profile lies behind the end.
@@ -65,11 +66,13 @@ class Trainer:
         twin: Twin | None = None,
         told: Mapping[str, Any] | None = None,
         signals: StopSignals | None = None,
+        quiet: bool = False,
     ):
         self.run, self.objective, self.stream, self.section = run, objective, stream, section
         self.accelerator, self.monitor, self.told = accelerator, monitor, told or {}
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.main = accelerator.is_main_process
+        self.visible = self.main and not quiet
         self.steps, warmup_steps = lengths(section, stream.batches_per_epoch)
         if section.profile_steps and parse_window(section.profile_steps)[0] > self.steps:
             raise UserError(f"train.profile_steps={section.profile_steps} begins after the last of {self.steps} steps")
@@ -128,7 +131,7 @@ class Trainer:
     def at_work(self) -> Iterator[Generator[Batch]]:
         """All that is open while training."""
         section, folder = self.section, self.run.folder
-        self.tracker = Tracker(self.run.stage, self.steps, self.step, section.batch_size, visible=self.main)
+        self.tracker = Tracker(self.run.stage, self.steps, self.step, section.batch_size, visible=self.visible)
         self.profile = Profile(section.profile_steps, folder, self.rank)
         batches = self.stream.batches(self.step, self.rank, self.world, self.learner.micro_batch)
         with ExitStack() as stack:
@@ -289,7 +292,7 @@ class Trainer:
         rng = torch.get_rng_state()[None].to(self.accelerator.device)
         parts = {
             "model": dict(self.objective.state_dict()),
-            "optimizer": restore.optimizer_tensors(self.objective, self.learner.adamw),
+            "optimizer": restore.optimizer_tensors(self.objective, self.learner.adam),
             "rng": {"torch": self.accelerator.gather(rng)},
         }
         return parts | ({"ema": self.learner.averages} if self.learner.averages else {})
@@ -322,7 +325,7 @@ class Trainer:
         path = self.run.checkpoints / f"step-{step:08d}"
         state, learner = restore.read_state(path), self.learner
         restore.load_model(path, self.objective)
-        restore.load_optimizer(path, self.objective, learner.adamw)
+        restore.load_optimizer(path, self.objective, learner.adam)
         if learner.averages:
             restore.load_into(path, "ema", learner.averages)
         self.step = self.saved_step = step

@@ -38,12 +38,14 @@ class TrainSection(Section):
     """last share of the steps, in which a constant schedule falls linearly"""
     lr_floor: Share = 0.0
     """share of the peak that the learning rate ends at"""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """adam adds the decay to the gradient (L2), as recipes before AdamW did"""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     """learning rate of each encoder block as a share of the block's above it; null: all alike"""
     weight_decay: float = Field(default=0.05, ge=0)
-    """AdamW's decay of matrices; vectors and biases are not decayed"""
+    """of matrices; vectors and biases are not decayed"""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """AdamW's averaging"""
+    """of Adam's averages"""
     clip_grad: PositiveFloat | None = None
     """largest gradient norm; how many steps were clipped is logged"""
     ema: float | None = Field(default=None, gt=0, lt=1)

@@ -11,7 +11,7 @@ from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -19,10 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from .errors import UserError
 from .files import write_atomic
+from .result import Estimate, Result, parse_result, why
 
 T = TypeVar("T")
 Point = tuple[float, float]
@@ -42,35 +42,6 @@ WIDE, TALL, SMALL = (5.0, 2.6), (2.3, 2.6), (2.3, 1.6)  # inches; a tall chart f
 
 # The machine's paths, but neither "s3://bucket/key" nor "images/s" nor "runs/demo".
 ABSOLUTE_PATH = re.compile(r"""(?:file://|(?<![\w/.<~…-]))/(?:[^\s/'",;\])}]+/)*([^\s/'",;\])}]+)""")
-
-
-def _finite(value: Any) -> Any:
-    return value if value is not None and np.isfinite(value).all() else None
-
-
-class Estimate(BaseModel):
-    """A value with its 95 % interval: one row of a table, one dot and whisker."""
-
-    name: str = ""
-    value: Annotated[float | None, AfterValidator(_finite)]
-    interval: Annotated[tuple[float, float] | None, AfterValidator(_finite)] = None
-    detail: str = ""
-
-
-class Result(Estimate):
-    """`result.json`: the figures of one evaluation, with the task and the n they stand on."""
-
-    schema_: Literal["miram.result/1"] = Field("miram.result/1", alias="schema")
-    stage: str = ""
-    task: str = ""
-    split: str | None = None
-    metric: str = ""
-    n_images: int | None = None
-    n_patients: int | None = None
-    classes: dict[str, int] = {}
-    rows: list[Estimate] = []
-    differences: list[Estimate] = []
-    notes: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -134,7 +105,7 @@ class Run:
         except FileNotFoundError:
             self.missing.append(name)
         except (OSError, ValueError, RecursionError) as problem:
-            self.notes.append(f"{name} could not be read: {_why(problem)}")
+            self.notes.append(f"{name} could not be read: {why(problem)}")
         return None
 
 
@@ -164,7 +135,7 @@ def _read_run(folder: Path, name: str) -> Run:
     run.config = run.read("config.yaml", str) or ""
     run.state |= run.read("state.json", _parse_object) or {}
     run.log = run.read("metrics.jsonl", lambda text: _parse_log(text, run.notes)) or []
-    run.result = run.read("result.json", Result.model_validate_json)
+    run.result = run.read("result.json", lambda text: parse_result(text, run.notes))
     run.card = run.read("encoder.json", _parse_object)
     run.pictures = _pictures(run)
     run.charts = _charts(run)
@@ -270,7 +241,7 @@ def _environment(runs: list[Run]) -> Environment:
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.undefined = StrictUndefined
     environment.finalize = lambda value: _without_paths(value, private)
-    environment.filters |= {"axis": Axis.over, "middle": median, "flat": _flat}
+    environment.filters |= {"axis": Axis.over, "middle": median, "flat": _flat, "number": _number}
     return environment
 
 
@@ -291,8 +262,10 @@ def _flat(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _why(problem: Exception) -> str:
-    if not isinstance(problem, ValidationError):
-        return str(problem).partition("\n")[0]
-    first = problem.errors()[0]
-    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+def _number(value: float) -> str:
+    """A number of a table: counts whole, fractions to three digits, what they would hide in powers of ten."""
+    size = abs(value)
+    if not np.isfinite(value):
+        return "\N{EM DASH}"
+    fraction = ".0e" if 0 < size < 0.0005 else ".3f" if size < 10 else ",.1f" if size < 1000 else ",.0f"
+    return f"{value:{',d' if type(value) is int else fraction}}".replace("-", "\N{MINUS SIGN}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -150,11 +152,28 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux: proc(5), VmHWM
+
+
+def reset_peak_memory() -> None:
+    """From here on the peak is counted anew, where the system can forget the old one: on CUDA and on Linux."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            FORGET.write_text("5")
+
+
 def peak_memory_bytes() -> int:
-    """Most memory held so far: of the device where there is one, else of this process."""
+    """Most memory held since `reset_peak_memory`, or ever: of the device where there is one, else of this process."""
     import torch  # data work, which only wants the bar, starts without it
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", STATUS.read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024

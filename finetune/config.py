@@ -9,7 +9,7 @@ from pydantic import Field, NegativeInt, NonNegativeInt, PositiveFloat, Positive
 from ..data.config import DataSection
 from ..engine.config import Section
 
-Method = Literal["linear", "sweep", "knn", "attentive"]
+Method = Literal["linear", "sweep", "knn", "attentive", "mae_linear"]
 Pool = Literal["mean", "cls", "cls+mean"]  # of a window's patch tokens the mean, its class token, or both joined
 LRS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # ten times DINOv2's: fewer steps
 
@@ -24,9 +24,10 @@ class ProbeSection(Section):
     controls: NonNegativeInt = 3
     """encoders of the first one's shape with random weights, probed the same way"""
     methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("linear", "knn")
-    """probes, the headline first: linear (logistic regression), sweep (SGD heads), knn, attentive (all patches)"""
+    """probes, the headline first: linear (logistic regression), sweep (SGD heads), knn, attentive (all patches),
+    mae_linear (as masked autoencoders are published)"""
     pool: Pool = "mean"
-    """feature of a window for linear and knn: mean of its patch tokens, its class token, or both"""
+    """feature of a window for linear, knn and mae_linear: mean of its patch tokens, its class token, or both"""
     layers: Annotated[tuple[NegativeInt, ...], Field(min_length=1)] = (-1,)
     """blocks whose features the sweep's heads read, counted from the end"""
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = ("mean",)
@@ -34,7 +35,7 @@ class ProbeSection(Section):
     lrs: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1)] = LRS
     """learning rates of the sweep's heads"""
     crops: NonNegativeInt = 0
-    """random crops of each image that the sweep trains on; 0: it trains on the windows that cover the image"""
+    """random crops of each image that sweep and mae_linear train on; 0: they train on the windows that cover the image"""
     neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5, 10, 20, 50, 100, 200)
     """numbers of neighbours to choose from"""
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.07, 0.1, 0.2)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -158,18 +158,26 @@ def cached_features(
     check_channels(vit, shards)
     vit = vit.eval()
     path = folder / f"{key(vit, shards, reading)}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_once(
+        path,
+        {"name": name, "reading": asdict(reading)},
+        lambda columns: extract(vit, shards, reading, batch_size, name, columns),
+    )
+    return Features(path, len(shards))
+
+
+def make_once(path: Path, content: Mapping[str, Any], fill: Callable[[Columns], None]) -> None:
+    """Make a file of columns, unless it is there whole; `content` goes into the JSON beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with alone(path):
         if not is_whole(path):
             with workplace(path) as place:
                 columns = Columns(place)
-                extract(vit, shards, reading, batch_size, name, columns)
+                fill(columns)
                 written = columns.write(place / path.name)
                 (place / path.name).replace(path)
-            sync_folder(folder)
-            content = {"sha256": written, "name": name, "reading": asdict(reading)}
-            write_json(path.with_suffix(".json"), CACHE, content)
-    return Features(path, len(shards))
+            sync_folder(path.parent)
+            write_json(path.with_suffix(".json"), CACHE, {"sha256": written, **content})
 
 
 def check_channels(vit: Encoder, shards: ShardDataset) -> None:
@@ -190,12 +198,20 @@ def check_channels(vit: Encoder, shards: ShardDataset) -> None:
 
 def key(vit: Encoder, shards: ShardDataset, reading: Reading) -> str:
     """32 hex digits of everything that features depend on but the last bits."""
-    facts = {
-        "schema": CACHE,
+    read = {
         "layers": sorted({*reading.layers}),
         "pools": reading.parts,
         "crops": [reading.crops, reading.seed] if reading.crops else [],
         "tokens": reading.tokens,
+    }
+    return digest(vit, shards, read)
+
+
+def digest(vit: Encoder, shards: ShardDataset, read: Mapping[str, Any]) -> str:
+    """32 hex digits of an encoder, the samples, and what is read off them in which way."""
+    facts = {
+        "schema": CACHE,
+        **read,
         "weights": weights_digest(vit),
         "settings": settings_of(vit),
         "input": repr(normalisation(vit)),
@@ -269,13 +285,22 @@ def extract(vit: Encoder, shards: ShardDataset, reading: Reading, batch_size: in
         task = bar.add_task(f"features, {name}", total=len(shards), note="")
         for kind, owners, batch in batched(pictures(vit, shards, reading), batch_size):
             for column, rows in columns_of(vit, kind, batch.to(device()), reading):
-                if not rows.isfinite().all():
-                    half = " beyond 65,504, or" if rows.dtype == torch.float16 else ""
-                    raise UserError(f"the encoder ({name}) gives features{half} that are not finite; is it trained?")
-                columns.add(column, rows.cpu())
+                columns.add(column, finite(rows, name).cpu())
             if kind == "windows":
                 columns.add("owners", torch.tensor(owners))
                 bar.update(task, completed=owners[-1] + 1)
+
+
+def finite(rows: Tensor, name: str) -> Tensor:
+    """The features themselves.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    if not rows.isfinite().all():
+        half = " beyond 65,504, or" if rows.dtype == torch.float16 else ""
+        raise UserError(f"the encoder ({name}) gives features{half} that are not finite; is it trained?")
+    return rows
 
 
 def pictures(vit: Encoder, shards: ShardDataset, reading: Reading) -> Iterator[tuple[str, int, Tensor]]:

@@ -15,7 +15,8 @@ from .task import Task
 from .trial import Contestant, Probed
 
 CAPTION = (
-    "Left: how the first probe classified the judged images. Right: an encoder's figure over all of them as a bar, its "
+    "Left: how the first probe classified the judged images; a ROC curve pools the folds, while an AUC counts pairs of "
+    "images within folds only. Right: an encoder's figure over all of them as a bar, its "
     "95 % interval as a line, a dot for every fold; dotted, what the majority class scores."
 )
 ACCENT, PALE, FAINT = "#2f6f9f", "#9aa5b1", "#d0d5da"
@@ -44,7 +45,7 @@ def colours(probed: Sequence[Probed]) -> dict[Contestant, str]:
 
 
 def draw_roc(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
-    """One curve an encoder; random weights share a line of the legend."""
+    """One curve an encoder, all folds pooled; random weights share a line of the legend."""
     colour, controls = colours(probed), [p for p in probed if p.encoder.role == "control"]
     for p in reversed(probed):
         fpr, tpr, _ = roc_curve(task.truth[p.judgement.images], p.judgement.probabilities[:, 1])
@@ -53,7 +54,8 @@ def draw_roc(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
         axis.plot(fpr, tpr, color=colour[p.encoder], linewidth=width, label=name or None)
     axis.plot([0, 1], [0, 1], color=FAINT, linestyle=":")
     axis.set(xlabel="1 - specificity", ylabel=f"sensitivity for {task.name} = {task.classes[1]}", aspect="equal")
-    axis.set_title(probed[0].method, fontsize=9)
+    folds = len(np.unique(probed[0].judgement.fold))
+    axis.set_title(probed[0].method + f", {folds} folds pooled" * (folds > 1), fontsize=9)
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="lower right")
 

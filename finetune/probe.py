@@ -25,6 +25,7 @@ from ..engine.run import RESULT, Run, open_run
 from ..pretrain.weights.loading import encoder_digest, read_provenance
 from .config import Method, ProbeConfig
 from .figures import CAPTION, draw_probe
+from .task import Task
 from .trial import Contestant, Probed, Trial, contestants, images_seen
 
 FEW_PATIENTS = 50  # below, intervals of a bootstrap over patients are too short to be left without a word
@@ -33,6 +34,7 @@ CHOICES: Mapping[Method, str] = {
     "sweep": "learning rate, block and pooling of sweep",
     "knn": "number of neighbours and temperature of knn",
     "attentive": "length of training of attentive",
+    "mae_linear": "nothing of mae_linear",
 }
 
 
@@ -154,9 +156,21 @@ def notes(trial: Trial, judged: Sequence[int]) -> list[str]:
         f"spread over folds, seeds of probes, random encoders and pretraining seeds is not in them.{few}",
         f"Chosen on inner folds of the training patients: {', '.join(CHOICES[method] for method in section.methods)}; "
         "no image is judged by a probe that saw its patient.",
-        f"{task.metric} over all judged images together, not averaged over folds."
-        + (f" AUC is of class {task.classes[1]!r}." if task.metric == "AUC" else ""),
+        counted(task, len(trial.splits)),
     ]
+
+
+def counted(task: Task, folds: int) -> str:
+    """How one figure came of all judged images, as a sentence."""
+    if task.metric != "AUC":
+        return f"{task.metric} over all judged images together, not averaged over folds."
+    of = f"AUC of class {task.classes[1]!r}"
+    if folds == 1:
+        return f"{of} over all judged images."
+    return (
+        f"{of}: the share of pairs of images in the right order, counted within folds only, a fold by its number of "
+        "pairs; the probes of two folds are not on one scale. A ROC curve pools the folds."
+    )
 
 
 def seen(trial: Trial, whose: str, encoder: Contestant, judged: Sequence[int]) -> str:

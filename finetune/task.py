@@ -72,8 +72,10 @@ def read_task(shards: ShardDataset, name: str | None) -> Task:
     return Task(name, tuple(map(str, classes)), chosen, truth, patients, split)
 
 
-def outer_folds(task: Task, folds: int, seed: int) -> tuple[list[Fold], str]:
+def outer_folds(task: Task, folds: int, seed: int, setting: str = "probe.folds") -> tuple[list[Fold], str]:
     """The official split if the task's images have one, else folds of patients; and its name for the reader.
+
+    `setting` is what says how many folds.
 
     Raises:
         UserError: a class has fewer patients than there are folds, or the official split is unusable.
@@ -82,7 +84,7 @@ def outer_folds(task: Task, folds: int, seed: int) -> tuple[list[Fold], str]:
     if len(train) and len(test):
         check_official(task, train, test)
         return [(train, test)], "official train and test"
-    splits = list(grouped_folds(task.truth, task.patients, folds, seed, task))
+    splits = list(grouped_folds(task.truth, task.patients, folds, seed, task, setting))
     return splits, f"{folds} folds by patient"
 
 
@@ -92,9 +94,11 @@ def check_official(task: Task, train: Ints, test: Ints) -> None:
     Raises:
         UserError: a patient is on both sides, or a class is missing from one.
     """
-    both = len(np.intersect1d(task.patients[train], task.patients[test]))
-    if both:
-        raise UserError(f"data.task={task.name}: {both} patients are in both train and test; correct the split column")
+    for name, side in (("train", train), ("val", np.flatnonzero(task.splits == "val"))):
+        if both := len(np.intersect1d(task.patients[side], task.patients[test])):
+            raise UserError(
+                f"data.task={task.name}: {both} patients are in both {name} and test; correct the split column"
+            )
     for name, side in (("train", train), ("test", test)):
         missing = [c for k, c in enumerate(task.classes) if k not in task.truth[side]]
         if missing:

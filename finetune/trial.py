@@ -134,8 +134,8 @@ class Trial:
         for method in section.methods:
             judgement = PROBES[method](features, self.task, self.splits, section, self.settings.seed)
             truth = self.task.truth[judgement.images]
-            samples = bootstrap_scores(self.task.metric, truth, judgement.probabilities, self.weights)
-            value = score(self.task.metric, truth, judgement.probabilities)
+            samples = bootstrap_scores(self.task.metric, truth, judgement.probabilities, self.weights, judgement.fold)
+            value = score(self.task.metric, truth, judgement.probabilities, groups=judgement.fold)
             yield Probed(method, encoder, judgement, value, samples, fold_scores(self.task, judgement), keys)
 
 
@@ -151,7 +151,7 @@ def reading(section: ProbeSection, seed: int) -> Reading:
     return Reading(
         layers=tuple(dict.fromkeys((-1, *(section.layers if sweep else ())))),
         pools=tuple(dict.fromkeys((section.pool, *(section.pools if sweep else ())))),
-        crops=section.crops if sweep else 0,
+        crops=section.crops if sweep or "mae_linear" in section.methods else 0,
         tokens="attentive" in section.methods,
         seed=seed,
     )

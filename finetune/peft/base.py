@@ -31,6 +31,7 @@ class Method(Section):
     encoders: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, Eva)
     additive: ClassVar[bool] = True  # at the first step the model computes what the encoder does
     merges: ClassVar[bool] = False  # what was learnt can be folded into a plain timm encoder
+    rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)  # least and greatest learning rate of Adam worth trying
 
     def shape(self, vit: Any) -> Shape:
         """What `expected` is computed from."""

@@ -81,6 +81,7 @@ class DVPT(Method):
     the last block reaches nothing.
     """
 
+    rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
     additive: ClassVar[bool] = False
 
     num_prompts: Size = 50

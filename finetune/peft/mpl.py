@@ -49,6 +49,7 @@ class MPL(Method):
     counts from the sequence's end, where removing more than there are would cut off patches; here the prompts go only.
     """
 
+    rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
     additive: ClassVar[bool] = False
 
     n_ctx: Size = 1

@@ -44,6 +44,8 @@ class Full(Plain):
     H, or 2H in a gated FFN. With A = D and H = 4D: 12 D^2 + 13 D a block, 85,798,656 of ViT-B/16.
     """
 
+    rates: ClassVar[tuple[float, float]] = (1e-5, 1e-3)
+
     def chosen(self, vit: Encoder) -> list[nn.Parameter]:
         return list(vit.parameters())
 
@@ -59,6 +61,8 @@ class Full(Plain):
 class Linear(Plain):
     """Nothing of the encoder learns: 0, and a head on its features."""
 
+    rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
+
     def chosen(self, vit: Encoder) -> list[nn.Parameter]:
         return []
 
@@ -73,6 +77,8 @@ class BitFit(Plain):
     and v have a bias: 3, of EVA 2) and 2D of norms: 11D, and 102,912 of ViT-B/16.
     """
 
+    rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
+
     def chosen(self, vit: Encoder) -> list[nn.Parameter]:
         """Tensors named bias; of EVA also q_bias and v_bias."""
         return [tensor for name, tensor in vit.named_parameters() if name.endswith("bias")]
@@ -86,6 +92,8 @@ class NormTuning(Plain):
 
     2D for every norm outside the blocks and 4D a block, with 2d for a norm of q or k: 38,400 of ViT-B/16.
     """
+
+    rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
 
     def chosen(self, vit: Encoder) -> list[nn.Parameter]:
         """Those of norms."""

@@ -207,6 +207,7 @@ class Temperature(nn.Module):
 class VPT(Method):
     """Options that the kinds of visual prompt tuning share."""
 
+    rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
     additive: ClassVar[bool] = False
 
     num_prompts: Size = 10

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..config import Method, ProbeSection
 from ..features import Features
 from ..task import Fold, Judgement, Task
-from . import attentive, knn, linear, sweep
+from . import attentive, knn, linear, mae_linear, sweep
 
 Judge = Callable[[Features, Task, Sequence[Fold], ProbeSection, int], Judgement]
 
@@ -19,4 +19,5 @@ PROBES: Mapping[Method, Judge] = {
     "sweep": sweep.judge,
     "knn": knn.judge,
     "attentive": attentive.judge,
+    "mae_linear": mae_linear.judge,
 }

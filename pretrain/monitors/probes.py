@@ -5,6 +5,7 @@ No C is chosen, no interval drawn, and few images are read. `miram probe` makes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ...data.shards import ShardDataset
 from ...engine.errors import UserError
-from ...engine.metrics import Ints, score
+from ...engine.metrics import Ints, Metric, score
 from .album import spread
 
 LEAST_FOLDS, MOST_FOLDS = 3, 5
@@ -83,11 +84,21 @@ class Labelled:
         if any(len(np.unique(truth[fit])) < k for fit, _ in folds):
             return {}
         neighbours = make_pipeline(StandardScaler(), nearest_neighbours(min(len(fit) for fit, _ in folds)))
+        metric: Metric = "AUC" if k == 2 else "balanced accuracy"
+        fold = fold_of(folds, len(truth))
         figures = {}
         for name, model in (("probe", linear_probe()), ("knn", neighbours)):
             judged = cross_val_predict(model, features, truth, cv=folds, method="predict_proba")
-            figures[f"{name}/{self.task}"] = score("AUC" if k == 2 else "balanced accuracy", truth, judged)
-        return figures
+            figures[f"{name}/{self.task}"] = score(metric, truth, judged, groups=fold)
+        return {name: figure for name, figure in figures.items() if np.isfinite(figure)}
+
+
+def fold_of(folds: Sequence[tuple[Ints, Ints]], images: int) -> Ints:
+    """(images,) the fold each is judged in: an AUC compares no images across folds, which are not on one scale."""
+    fold = np.empty(images, np.int64)
+    for number, (_, held) in enumerate(folds):
+        fold[held] = number
+    return fold
 
 
 def fewest_patients(truth: Ints, patients: NDArray[np.str_], k: int) -> int:

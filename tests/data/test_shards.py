@@ -348,3 +348,19 @@ def test_many_shards_do_not_keep_as_many_files_open(build: Build, images: Images
         for i in range(len(shards)):
             np.testing.assert_array_equal(shards[i].pixels, images[0])
         assert len(shards._store._local._files) <= OPEN_SHARDS
+
+
+def test_a_subset_holds_the_samples_of_its_rows_and_shares_what_was_decoded(phantoms: Path) -> None:
+    shards = ShardDataset(phantoms, cache_mb=64)
+    part = shards.subset([7, 2, 5])
+    assert [part[i].key for i in range(len(part))] == [shards[i].key for i in (2, 5, 7)]
+    assert part.splits == [shards.splits[i] for i in (2, 5, 7)] and sum(part.shard_sizes) == 3
+    assert part[1] is shards[5], "an image was decoded twice"
+    assert as_elsewhere(part)[1].key == part[1].key
+
+
+def as_elsewhere(shards: ShardDataset) -> ShardDataset:
+    """As another process gets it: its own files and images."""
+    other = ShardDataset.__new__(ShardDataset)
+    other.__setstate__(shards.__getstate__())
+    return other

@@ -202,6 +202,86 @@ def test_log_of_a_diverged_run_is_drawn(tmp_path: Path, loss: str) -> None:
     assert next(cells(page))[4] in {"nan", "inf"}
 
 
+TABLES: list[dict[str, Any]] = [
+    {
+        "title": "10 % of the labels",
+        "columns": ["method", "AUC", "against linear", "p", "trainable", "why"],
+        "rows": [
+            ["linear", {"value": 0.8116, "interval": [0.754, 0.861]}, None, None, 770, ""],
+            [
+                "lora",
+                {"value": 0.5},
+                {"value": 0.02, "interval": [-0.031, 0.0714], "signed": True},
+                0.41,
+                1470456,
+                "b",
+            ],
+            ["full", {"value": None}, None, 0.0001, -3, "out of memory"],
+        ],
+        "note": "Patients and seeds are resampled.",
+    },
+    {"columns": ["speed"], "rows": [[float("nan")], [1234.5], [88.24], [0.0]]},
+]
+
+
+def grids(page: Page) -> Iterator[list[list[tuple[bool, str]]]]:
+    """The tables of a result: rows of (right-aligned, text)."""
+    for table in page.source.split('<table class="grid">')[1:]:
+        rows = table.partition("</table>")[0].split("</tr>")[:-1]
+        cells = [re.findall(r"<t[hd]( [^>]*)?>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+        yield [[('class="n"' in how, " ".join(text.split())) for how, text in row] for row in cells]
+
+
+def test_tables_hold_figures_counts_and_text(tmp_path: Path) -> None:
+    page = Page(write_report([make_run(tmp_path / "run", result=RESULT | {"tables": TABLES})], tmp_path / "r.html"))
+    first, second = grids(page)
+    assert [[text for _, text in row] for row in first] == [
+        ["method", "AUC", "against linear", "p", "trainable", "why"],
+        ["linear", "0.812 [0.754, 0.861]", "—", "—", "770", ""],
+        ["lora", "0.500", "+0.020 [\N{MINUS SIGN}0.031, +0.071]", "0.410", "1,470,456", "b"],
+        ["full", "—", "—", "1e\N{MINUS SIGN}04", "\N{MINUS SIGN}3", "out of memory"],
+    ]
+    assert [right for right, _ in first[0]] == [right for right, _ in first[1]] == [False, *[True] * 4, False]
+    assert [text for row in second for _, text in row] == ["speed", "—", "1,234", "88.2", "0.000"]
+    assert "10 % of the labels" in page.text
+    assert "Patients and seeds are resampled." in page.text
+    assert page.open == page.notes() == []
+
+
+def test_a_wide_table_scrolls_by_itself_and_stays_a_table_on_a_phone(tmp_path: Path) -> None:
+    page = Page(write_report([make_run(tmp_path / "run", result=RESULT | {"tables": TABLES})], tmp_path / "r.html"))
+    assert page.source.count('<div class="scroll"') == 2
+    assert re.search(r"\.scroll {[^}]*overflow-x: auto", page.source)
+    phone = page.source.partition("@media (max-width")[2].partition("@media print")[0]
+    assert phone.index("table, tbody") < phone.index(".grid { display: table;")
+    assert ".grid tbody { display: table-row-group; }" in phone
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"columns": ["a", "b"], "rows": [[1]]}, "row 1 has 1 cells under 2 columns"),
+        ({"columns": ["a"], "rows": [[{"interval": [0, 1]}]]}, "Field required"),
+        ({"rows": [[1]]}, "columns: Field required"),
+        ({"columns": ["a"], "rows": [[True]]}, "rows.0.0"),
+        ("table", "valid dictionary"),
+    ],
+)
+def test_a_damaged_table_is_left_out_with_a_note(tmp_path: Path, damage: Any, said: str) -> None:
+    result = RESULT | {"tables": [TABLES[0], damage, TABLES[1]]}
+    page = Page(write_report([make_run(tmp_path / "run", result=result)], tmp_path / "report.html"))
+    assert len(list(grids(page))) == 2
+    (note,) = page.notes()
+    assert note.startswith("result.json: table 2 could not be read and is left out: ")
+    assert said in note
+    assert "random weights (seed 0) 0.603" in page.text
+
+
+def test_tables_that_are_no_list_cost_a_note(tmp_path: Path) -> None:
+    page = Page(write_report([make_run(tmp_path / "run", result=RESULT | {"tables": {}})], tmp_path / "report.html"))
+    assert page.notes() == ["result.json: tables is no list and is left out"]
+
+
 def test_curves_of_one_stage_are_overlaid(tmp_path: Path) -> None:
     stages = {"one": "pretrain", "two": "pretrain", "other": "distill", "quiet": "pretrain"}
     for name, stage in stages.items():
@@ -290,6 +370,8 @@ def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
     texts = ("stage", "task", "split", "metric")
     result = RESULT | {key: f"{key} {HOSTILE}" for key in texts} | {"notes": [HOSTILE], "classes": {HOSTILE: 3}}
     result["rows"] = [{"name": HOSTILE, "value": 1, "detail": HOSTILE}]
+    result["tables"] = [{"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "note": HOSTILE}]
+    result["tables"] += [{"title": '" onclick="alert(1)', "columns": [], "rows": []}]
     state = {"schema": "miram.state/1", "stage": HOSTILE, "status": HOSTILE, "reason": HOSTILE}
     card = {HOSTILE: {HOSTILE: [HOSTILE]}}
     metrics = log(3, **{HOSTILE: 1.0, "loss/" + HOSTILE: 2.0, '"onload="alert(1)': 1.0, "$\\bad$": 1.0})

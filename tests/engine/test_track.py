@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import resource
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from miram.engine import track
-from miram.engine.track import Tracker, duration
+from miram.engine.track import Tracker, duration, peak_memory_bytes, reset_peak_memory
 
 LINE = {"step": 120.0, "loss": 0.61234, "lr": 1.2e-4, "images_per_s": 58.4, "data_wait": 0.031}
 LINE["peak_memory_bytes"] = 1.94e9
@@ -141,3 +145,33 @@ def test_on_a_terminal_the_figures_stand_beside_the_bar(monkeypatch: pytest.Monk
 )
 def test_durations_read_as_people_say_them(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def hold(megabytes: int) -> None:
+    """Touch so much memory and let go of it."""
+    np.ones(megabytes * 2**20, dtype=np.uint8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can forget a peak")
+def test_a_peak_is_that_of_the_time_since_it_was_reset() -> None:
+    hold(400)
+    before = peak_memory_bytes()
+    reset_peak_memory()
+    idle = peak_memory_bytes()
+    assert idle < before - 300 * 2**20
+    hold(200)
+    assert 150 * 2**20 < peak_memory_bytes() - idle < 250 * 2**20
+    reset_peak_memory()
+    assert peak_memory_bytes() - idle < 100 * 2**20
+
+
+def test_where_the_system_keeps_no_such_file_the_peak_is_that_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "status").write_text("Name: python\n\nVmRSS: 12 kB\n")
+    monkeypatch.setattr(track, "FORGET", tmp_path / "absent" / "clear_refs")
+    unit = 1 if sys.platform == "darwin" else 1024
+    for name in ("absent", "status"):
+        monkeypatch.setattr(track, "STATUS", tmp_path / name)
+        reset_peak_memory()
+        assert peak_memory_bytes() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 from made_up import section, task
 
 from miram.data.shards import ShardDataset
+from miram.engine.config import load
 from miram.engine.errors import UserError
 from miram.engine.metrics import score
+from miram.finetune.config import ProbeConfig
 from miram.finetune.probe import probe, tally
-from miram.finetune.probes import sweep
+from miram.finetune.probes import PROBES, sweep
 from miram.finetune.task import Judgement, Task, choose, fold_scores, grouped_folds, outer_folds, read_task
-from miram.finetune.trial import short, suited
+from miram.finetune.trial import Trial, short, suited
 from miram.pretrain.encoder import EncoderCard, build_encoder, card_for, save_encoder
 
 
@@ -100,13 +103,51 @@ def test_the_result_says_what_was_measured_on_whom(probed: Path) -> None:
         assert row["interval"][0] <= row["value"] <= row["interval"][1]
 
 
+def within_folds(truth: np.ndarray, p: np.ndarray, fold: np.ndarray) -> float:
+    """Share of ordered pairs of images of one fold, counted one by one."""
+    pairs = [(i, j) for i, j in product(np.flatnonzero(truth), np.flatnonzero(truth == 0)) if fold[i] == fold[j]]
+    return float(np.mean([(p[i] > p[j]) + 0.5 * (p[i] == p[j]) for i, j in pairs]))
+
+
+@dataclass
+class OneProbe:
+    """Stands in for a probe and says what it is told to."""
+
+    judgement: Judgement
+
+    def __call__(self, *_: object) -> Judgement:
+        return self.judgement
+
+
+def test_probes_of_folds_on_different_scales_are_not_compared(
+    phantoms: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figure, bootstrap samples and differences: each fold is ranked perfectly, all folds together are not."""
+    settings = ["--data.task=mass", "--data.split=test", "--probe.folds=2", "--probe.inner_folds=2"]
+    rest = ["--probe.controls=1", "--probe.replicates=50", f"--data.shards={phantoms}", f"--probe.encoder={encoder}"]
+    trial = Trial.of(load(ProbeConfig, "probe/demo", [*settings, *rest, f"--out={tmp_path / 'run'}"]))
+    images = np.concatenate([held for _, held in trial.splits])
+    fold = np.repeat([0, 1], [len(held) for _, held in trial.splits])
+    p = (1 + trial.task.truth[images] + 2 * fold) / 5
+    judgement = Judgement(images, np.stack([1 - p, p], 1), fold, ("", ""))
+    assert score("AUC", trial.task.truth[images], judgement.probabilities) < 0.9
+    monkeypatch.setitem(PROBES, "linear", OneProbe(judgement))
+    run = probe("probe/demo", [*settings, *rest, "--probe.methods=[linear]", f"--out={tmp_path / 'run'}"])
+    result = json.loads((run.folder / "result.json").read_text())
+    assert (result["value"], result["interval"]) == (1, [1, 1])
+    assert result["differences"][0]["interval"] == [0, 0]
+    assert any("within folds only" in note and "A ROC curve pools the folds" in note for note in result["notes"])
+
+
 def test_predictions_are_all_there_and_give_the_figure(probed: Path) -> None:
     with (probed / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     truth = np.array([int(row["truth"]) for row in rows])
     probabilities = np.array([[float(row["p_0"]), float(row["p_1"])] for row in rows])
     result = json.loads((probed / "result.json").read_text())
-    assert score("AUC", truth, probabilities) == pytest.approx(result["value"], abs=1e-3)
+    fold = np.array([int(row["fold"]) for row in rows])
+    assert score("AUC", truth, probabilities, groups=fold) == pytest.approx(result["value"], abs=1e-3)
+    assert within_folds(truth, probabilities[:, 1], fold) == pytest.approx(result["value"], abs=1e-3)
     assert len({row["key"] for row in rows}) == 24
     assert (probed / "figures" / "probe.png").stat().st_size > 5000
 
@@ -282,7 +323,7 @@ def test_predictions_of_every_method_give_its_figure(full: Path) -> None:
             rows = list(csv.DictReader(file))
         truth = np.array([int(row["truth"]) for row in rows])
         probabilities = np.array([[float(row["p_0"]), float(row["p_1"])] for row in rows])
-        found = score("AUC", truth, probabilities)
+        found = within_folds(truth, probabilities[:, 1], np.array([int(row["fold"]) for row in rows]))
         assert found == pytest.approx(values[f"{method}: pretrained encoder"], abs=0.02), method
 
 

@@ -34,11 +34,12 @@ from miram.pretrain.config import PretrainConfig, ScaleSection
 from miram.pretrain.encoder import build_encoder, card_for
 from miram.pretrain.miram import Miram
 from miram.pretrain.monitors import Monitors
+from miram.pretrain.monitors import probes as monitor_probes
 from miram.pretrain.monitors.album import spread
 from miram.pretrain.monitors.attention_maps import attention_maps, has_maps
 from miram.pretrain.monitors.drawing import pixels_of
 from miram.pretrain.monitors.pictures import caption, reconstructions
-from miram.pretrain.monitors.probes import Labelled, nearest_neighbours
+from miram.pretrain.monitors.probes import Labelled, fold_of, nearest_neighbours
 from miram.pretrain.monitors.rankme import rankme
 
 NARROW = {"depth": 1, "width": 16, "heads": 2}
@@ -282,6 +283,18 @@ def test_features_that_only_know_the_patient_are_worth_nothing() -> None:
         assert abs(value - 0.5) < 0.2
     for value in labelled(truth, np.arange(240))(features, list(range(240))).values():
         assert value > 0.95
+
+
+def test_the_auc_of_a_look_compares_no_images_across_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fold is ranked perfectly, each on a scale of its own."""
+
+    def predict(_: object, features: np.ndarray, truth: np.ndarray, *, cv: list[Any], method: str) -> np.ndarray:
+        p = (truth + 2 * fold_of(cv, len(truth))) / 10
+        return np.stack([1 - p, p], axis=1)
+
+    monkeypatch.setattr(monitor_probes, "cross_val_predict", predict)
+    truth, features = np.arange(60) % 2, np.zeros((60, 2), np.float32)
+    assert labelled(truth, np.arange(60))(features, list(range(60))) == {"probe/made up": 1, "knn/made up": 1}
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])

@@ -13,7 +13,7 @@ from miram.finetune.config import Method, ProbeSection
 from miram.finetune.probes import PROBES
 from miram.finetune.task import Judgement, Task, outer_folds
 
-METHODS: tuple[Method, ...] = ("linear", "sweep", "knn", "attentive")
+METHODS: tuple[Method, ...] = ("linear", "sweep", "knn", "attentive", "mae_linear")
 
 
 @dataclass
@@ -59,4 +59,4 @@ def judged(method: Method, features: MadeUp, made_up: Task, folds: int = 4, **se
 
 
 def figure(made_up: Task, judgement: Judgement) -> float:
-    return score(made_up.metric, made_up.truth[judgement.images], judgement.probabilities)
+    return score(made_up.metric, made_up.truth[judgement.images], judgement.probabilities, groups=judgement.fold)

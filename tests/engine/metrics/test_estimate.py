@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import norm
 
+from miram.engine.errors import UserError
 from miram.engine.metrics import Estimate, bootstrap_scores, chance, patient_bootstrap, score
 
 Scored = list[tuple[int, int, int]]  # class, rank, times
@@ -157,3 +159,61 @@ def test_bootstrap_scores_are_scikit_learn_s_on_every_sample() -> None:
     weights = patient_bootstrap(truth, rng.integers(0, 20, 60).astype(str), 30, seed=1)
     expected = [score("balanced accuracy", truth, probabilities, w) for w in weights]
     np.testing.assert_allclose(bootstrap_scores("balanced accuracy", truth, probabilities, weights), expected)
+
+
+# ---------------------------------------------------------------------------------------------- patients
+
+
+def clustered(rng: np.random.Generator, patients: int, images: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Truth and score of every image; what is special to a patient is half of a score's variance."""
+    truth = np.repeat(np.arange(patients) % 2, images)
+    score = truth + np.repeat(rng.normal(size=patients), images) + rng.normal(size=patients * images)
+    return truth, score
+
+
+def test_the_interval_holds_the_true_auc_only_where_images_of_a_patient_go_together() -> None:
+    """40 patients of 6 images, 200 times: AUC of two patients' images is Phi(1 / 2)."""
+    rng, value, held = np.random.default_rng(0), norm.cdf(0.5), {"patient": [], "image": []}
+    unit = {"patient": np.repeat(np.arange(40), 6).astype(str), "image": np.arange(240).astype(str)}
+    for seed in range(200):
+        truth, ranks = clustered(rng, 40, 6)
+        for name, of in unit.items():
+            samples = bootstrap_scores("AUC", truth, binary(ranks), patient_bootstrap(truth, of, 150, seed))
+            low, high = Estimate.of(0, samples).interval
+            held[name].append(low <= value <= high)
+    assert 0.88 < np.mean(held["patient"]) < 0.99
+    assert np.mean(held["image"]) < 0.75
+
+
+def test_what_cannot_be_computed_in_a_few_samples_is_left_out_and_in_half_of_them_is_nan() -> None:
+    samples = np.arange(1001.0)
+    samples[:100] = np.nan
+    assert Estimate.of(7, samples) == Estimate(7.0, (122.5, 977.5))
+    samples[:501] = np.nan
+    assert np.isnan(Estimate.of(7, samples).interval).all()
+    assert np.isnan(Estimate.of(float("nan"), np.arange(1001.0)).interval).all()
+
+
+def test_each_label_is_present_and_absent_in_every_sample_as_far_as_it_ever_is() -> None:
+    truth = np.zeros((60, 4), int)
+    truth[:3, 0], truth[3:, 1], truth[::2, 2] = 1, 1, 1  # the last label is in no case
+    rows = patient_bootstrap(truth, (np.arange(60) // 3).astype(str), 300, seed=0)
+    assert rows.shape == (300, 60)
+    assert ((rows @ truth > 0) == [True, True, True, False]).all()
+    assert (rows @ (1 - truth) > 0).all()
+
+
+def test_too_few_patients_of_a_class_are_refused() -> None:
+    truth = np.arange(40)  # forty classes of one patient each: no sample has all
+    with pytest.raises(UserError, match="too few patients of a class"):
+        patient_bootstrap(truth, truth.astype(str), 5, seed=0)
+
+
+def test_auc_within_groups_is_the_same_in_score_and_samples() -> None:
+    rng = np.random.default_rng(3)
+    truth, p, fold = rng.integers(0, 2, 60), binary(rng.integers(0, 6, 60) / 6), rng.integers(0, 3, 60)
+    weights = patient_bootstrap(truth, rng.integers(0, 20, 60).astype(str), 40, seed=1)
+    samples = bootstrap_scores("AUC", truth, p, weights, fold)
+    expected = [score("AUC", truth, p, w, groups=fold) for w in weights]
+    np.testing.assert_allclose(samples, expected)
+    assert abs(samples - bootstrap_scores("AUC", truth, p, weights)).max() > 0.001

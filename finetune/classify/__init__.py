@@ -1,0 +1,1 @@
+"""Classification: labels, tuning and probing under one protocol, the model that comes of it."""

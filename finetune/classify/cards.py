@@ -1,0 +1,136 @@
+"""What a locked model says of itself: model.json (its layout: locked.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...data.shards import ShardDataset
+from ...data.views import Normalisation
+from ...engine.config import Section
+from ...engine.metrics import Ints, Kind
+from ..peft.files import Base
+from .config import FinetuneSection, Input, Level, ReadoutSection, TilesSection
+from .labels import Labelled
+from .targets import Target
+
+
+class TargetCard(Section):
+    """What is predicted, and how labels became classes."""
+
+    name: str
+    kind: Kind
+    classes: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]] | None = None
+    separator: str = "|"
+
+    @property
+    def target(self) -> Target:
+        """The same as losses and probabilities want it."""
+        return Target(self.name, self.kind, self.classes)
+
+
+class TrainedOn(Section):
+    """Whose images it learnt from, by hashes that only the holder of the data's key could turn into somebody."""
+
+    images: int
+    patients: int
+    records: tuple[tuple[str, str], ...]
+    """(name, digest) of the data sets"""
+    of: tuple[str, ...]
+    """the patients"""
+
+
+class ModelCard(Section):
+    """model.json."""
+
+    target: TargetCard
+    encoder: str
+    base: Base
+    method: str
+    options: dict[str, Any]
+    input: Input
+    tiles: TilesSection
+    image_size: tuple[int, int]
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
+    temperature: float
+    thresholds: dict[Level, tuple[float, ...]]
+    readout: ReadoutSection
+    headline: Level
+    operating_point: str
+    operating_at: float
+    preprocessing: tuple[dict[str, Any], ...]
+    trained_on: TrainedOn
+    files: dict[str, str] = {}
+    digest: str = ""
+
+    @property
+    def normalise(self) -> Normalisation:
+        """Of pixels, as it was in training, whatever the encoder's own file says today."""
+        return Normalisation(self.mean, self.std)
+
+    def own_digest(self) -> str:
+        """sha256 of everything else in the card."""
+        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def card_for(
+    section: FinetuneSection,
+    labelled: Labelled,
+    fit: Ints,
+    shards: ShardDataset,
+    base: Mapping[str, Any],
+    normalise: Normalisation,
+    temperature: float,
+    thresholds: Mapping[Level, tuple[float, ...]],
+) -> ModelCard:
+    """The card of a model.
+
+    Args:
+        section: how it was tuned.
+        labelled: the task.
+        fit: numbers of the labelled images that anything in it was chosen by: weights, temperature, thresholds.
+        shards: where they lie.
+        base: the encoder, as `Tuned.base` or `finetune.peft.registry.describe` gives it before it is tuned.
+        normalise: of what the encoder sees.
+        temperature: of the logits.
+        thresholds: by level.
+    """
+    mapping = section.classes if isinstance(section.classes, dict) else None
+    target = TargetCard(**vars(labelled.target), labels=mapping, separator=section.separator)
+    same = ("encoder", "method", "options", "input", "tiles", "readout", "headline", "operating_point", "operating_at")
+    encoder = Base(**base)
+    return ModelCard(
+        target=target,
+        base=encoder,
+        image_size=encoder.image_size,
+        mean=normalise.mean,
+        std=normalise.std,
+        temperature=temperature,
+        thresholds=dict(thresholds),
+        preprocessing=preprocessing_of(shards),
+        trained_on=trained_on(labelled, fit, shards),
+        **{name: getattr(section, name) for name in same},
+    )
+
+
+def preprocessing_of(shards: ShardDataset) -> tuple[dict[str, Any], ...]:
+    """How films became images, of every data set that says something else than those before it."""
+    found: list[dict[str, Any]] = []
+    for manifest in shards.manifests:
+        if (how := manifest.get("preprocessing", {})) not in found:
+            found.append(how)
+    return tuple(found)
+
+
+def trained_on(labelled: Labelled, fit: Ints, shards: ShardDataset) -> TrainedOn:
+    """Whose images a model knows."""
+    of = sorted({patient.rpartition("/")[2] for patient in labelled.patients[fit].tolist()})
+    records = tuple((manifest["dataset"], manifest["records"]) for manifest in shards.manifests)
+    return TrainedOn(images=len(fit), patients=len(np.unique(labelled.patients[fit])), records=records, of=tuple(of))

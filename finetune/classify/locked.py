@@ -1,0 +1,289 @@
+"""A tuned model as it goes out: it judges any image as it judged those of its test, and nothing in it may change.
+
+RUN/model/model.json         {"schema", "target": {"name", "kind", "classes", "labels", "separator"}, "encoder": as it
+                             was named, "base": {"architecture", …, "digest"}, "method", "options", "input", "tiles",
+                             "image_size", "mean", "std", "temperature", "thresholds": {"image": […], …}, "readout",
+                             "headline", "operating_point", "operating_at", "preprocessing": […], "trained_on":
+                             {"images", "patients", "records", "of"}, "files": {NAME: sha256}, "digest"}
+RUN/model/adapter/           what learnt, and the head (finetune/peft/files.py)
+RUN/model/mil.safetensors    instead of it, where an image is read as tiles
+
+The folder appears whole or not at all. `digest` is sha256 over all else in model.json, which holds those of the files:
+it names the model. The encoder itself is not in the folder.
+Legend: n images, k classes, w outputs of the head.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+from pydantic import ValidationError
+
+from ...data.shards import ShardDataset
+from ...engine.errors import UserError, one_line
+from ...engine.files import make_folder, read_json, sha256, sync_folder, write_json
+from ...engine.metrics import Floats, Ints
+from ...engine.run import STATE
+from ...pretrain.encoder import Encoder
+from ...pretrain.weights.loading import read_encoder
+from ..peft.base import Tuned
+from ..peft.files import Base, load, save
+from ..peft.registry import describe
+from .cards import ModelCard
+from .config import Level
+from .labels import Labelled
+from .mil import MilModel, logits
+from .reading import frame_logits
+from .targets import Target
+from .tiles import TileFeatures, tile_features
+
+MODEL = "miram.model/1"
+CARD, ADAPTER, MIL = "model.json", "adapter", "mil.safetensors"
+
+
+@dataclass(frozen=True)
+class Locked:
+    """A model with everything that turns an image into a decision.
+
+    Attributes:
+        model: images -> logits; of tiles the attention that reads the features of `encoder`.
+        cache: folder where features of tiles are kept; None: nowhere.
+    """
+
+    card: ModelCard
+    model: Tuned | MilModel
+    encoder: Encoder | None = None
+    cache: Path | None = None
+
+    @property
+    def target(self) -> Target:
+        """What it predicts."""
+        return self.card.target.target
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits that name the model: another weight, threshold or temperature, another name."""
+        return self.card.digest or self.card.own_digest()
+
+    def logits(self, shards: ShardDataset, rows: Ints, batch_size: int = 64) -> Floats:
+        """(n, w) of these rows of a data set, in their order; of frames, none depends on what other rows there are.
+
+        Raises:
+            UserError: the images have other channels than the encoder takes, or what comes out is not finite.
+        """
+        refuse_channels(self.card, shards)
+        card = self.card
+        if isinstance(self.model, MilModel):
+            found = self.of_tiles(self.model, shards, rows, batch_size)
+        else:
+            assert card.input != "tiles"
+            found = frame_logits(self.model, shards, rows, card.input, card.image_size, card.normalise, batch_size)
+        if bad := int((~np.isfinite(found)).any(1).sum()):
+            raise UserError(f"{', '.join(shards.roots)}: the model gives no finite numbers for {bad} images")
+        return found
+
+    def of_tiles(self, model: MilModel, shards: ShardDataset, rows: Ints, batch_size: int) -> Floats:
+        """(n, w): images of a bag share its logits, and the bag is all of its tiles among these rows."""
+        with self.tiles(shards, rows, batch_size) as (features, of):
+            return logits(model, features, of, np.arange(len(rows)))
+
+    @contextmanager
+    def tiles(self, shards: ShardDataset, rows: Ints, batch_size: int) -> Iterator[tuple[TileFeatures, Labelled]]:
+        """Features of the rows' tiles, and whose the rows are, in their order.
+
+        Raises:
+            UserError: an image's resolution is not known, or coarser than the tiles'.
+        """
+        assert self.encoder is not None
+        order, place = np.unique(rows, return_inverse=True)
+        some = shards.subset(order)
+        with TemporaryDirectory(prefix="miram-tiles-") as folder:
+            cache = self.cache or Path(folder)
+            features = tile_features(self.encoder, some, self.card.tiles, batch_size, cache, "the locked model's")
+            yield features, replace(unlabelled(self.target, shards, rows), rows=place)
+
+    def probabilities(self, shards: ShardDataset, rows: Ints, batch_size: int = 64) -> Floats:
+        """(n, k) of these rows, at the locked temperature.
+
+        Raises:
+            UserError: as `logits`.
+        """
+        return self.target.probabilities(self.logits(shards, rows, batch_size), self.card.temperature)
+
+    def decide(self, probabilities: Floats, level: Level = "image") -> Ints:
+        """(n,) classes, or (n, k) 0/1, by the locked thresholds of images, breasts or patients."""
+        return self.target.decide(probabilities, self.card.thresholds[level])
+
+
+def unlabelled(target: Target, shards: ShardDataset, rows: Ints) -> Labelled:
+    """Rows of a data set whose truth nobody knows, as those of a task."""
+    chosen = shards.rows.take(rows)
+    dataset, patient, side, keys = (np.array(chosen.column(c)) for c in ("dataset", "patient", "laterality", "key"))
+    patients = np.char.add(np.char.add(dataset, "/"), patient)
+    breasts = np.where(side == "", keys, np.char.add(np.char.add(patients, "/"), side))
+    truth = np.zeros((len(rows), len(target.classes)) if target.kind == "multilabel" else len(rows), np.int64)
+    return Labelled(target, rows, truth, patients, breasts, keys, np.array(shards.splits)[rows], {})
+
+
+def refuse_channels(card: ModelCard, shards: ShardDataset) -> None:
+    """Refuse images that the encoder cannot take.
+
+    Raises:
+        UserError: they have other channels.
+    """
+    wanted = card.base.channels
+    if shards.channels != wanted:
+        places = ", ".join(shards.roots)
+        raise UserError(
+            f"{places}: images of {shards.channels} channels, and the model takes {wanted}; ingest them again with "
+            f"--channels {wanted}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- making one
+
+
+def write_locked(folder: Path, card: ModelCard, model: Tuned | MilModel) -> ModelCard:
+    """Write a model; one that is there, of an earlier start of the same run, goes.
+
+    Args:
+        folder: RUN/model.
+        card: of `card_for`.
+        model: the tuned encoder with its head, or the attention over tiles.
+
+    Returns:
+        The card with its digest.
+    """
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    make_folder(part)
+    try:
+        if isinstance(model, Tuned):
+            save(model, part / ADAPTER)
+        else:
+            model.write(part / MIL)
+        card = card.model_copy(update={"files": {name: sha256(part / name) for name in files_of(part)}})
+        card = card.model_copy(update={"digest": card.own_digest()})
+        write_json(part / CARD, MODEL, card.model_dump(mode="json"))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    sync_folder(folder.parent)
+    return card
+
+
+def files_of(folder: Path) -> Iterator[str]:
+    """Files of a model by their names in it, the card not among them."""
+    paths = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return (name for name in paths if name != CARD)
+
+
+# ---------------------------------------------------------------------------------------------- reading one
+
+
+def read_locked(run: str | Path, encoder: str | None = None) -> Locked:
+    """The model of a finished run.
+
+    Args:
+        run: the run's folder, or a folder of a model that was copied from one.
+        encoder: where the encoder now lies, if no longer where the run found it.
+
+    Raises:
+        UserError: there is no finished run of `miram finetune`, the model is damaged, or the encoder is not there or is
+            another one.
+    """
+    run = Path(run)
+    if (run / CARD).is_file():
+        return read_model(run, encoder)
+    refuse_unfinished(run)
+    return read_model(run / "model", encoder)
+
+
+def refuse_unfinished(run: Path) -> None:
+    """Refuse what holds no model to rely on.
+
+    Raises:
+        UserError: says what it is.
+    """
+    if not run.is_dir():
+        raise UserError(f"the run {run} is not there; name the folder that `miram finetune` wrote")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run: it holds no config.yaml; name the folder that `miram finetune` wrote")
+    state = read_json(run / "state.json", STATE) if (run / "state.json").exists() else {}
+    if (stage := state.get("stage", "finetune")) != "finetune":
+        raise UserError(f"{run} is a run of `miram {stage}`, which makes no model; name one of `miram finetune`")
+    if (status := state.get("status", "not begun")) != "finished":
+        raise UserError(f"{run} is not finished ({status}); repeat the command that made it, and it goes on")
+    if not (run / "model" / CARD).is_file():
+        raise UserError(f"{run} kept no model (finetune.final was off, or it was removed); run it again and keep it")
+
+
+def read_model(folder: Path, encoder: str | None = None) -> Locked:
+    """A model, whatever became of its run.
+
+    Raises:
+        UserError: as `read_locked`.
+    """
+    card = read_card(folder)
+    vit = read_base(folder, card, encoder)
+    if card.input == "tiles":
+        return Locked(card, MilModel.read(folder / MIL), vit)
+    return Locked(card, load(folder / ADAPTER, vit).eval())
+
+
+def read_card(folder: Path) -> ModelCard:
+    """model.json, once it and all files it names are found to be what was written.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    content = read_json(folder / CARD, MODEL)
+    try:
+        text = json.dumps({key: value for key, value in content.items() if key != "schema"})
+        card = ModelCard.model_validate_json(text, strict=True)
+        if card.digest != card.own_digest():
+            raise ValueError("its digest is another")
+    except (ValidationError, ValueError) as error:
+        raise UserError(
+            f"{folder / CARD} is damaged or was edited ({one_line(str(error))[:200]}); copy the model again"
+        ) from error
+    needed = MIL if card.input == "tiles" else f"{ADAPTER}/adapter.json"
+    for name in {needed, *card.files}:
+        path = folder / name
+        if name not in card.files or not path.is_file() or sha256(path) != card.files[name]:
+            raise UserError(f"{path} is missing or damaged; copy the model's folder again")
+    return card
+
+
+def read_base(folder: Path, card: ModelCard, encoder: str | None) -> Encoder:
+    """The encoder that a model stands on.
+
+    Raises:
+        UserError: it is not there, or is another one.
+    """
+    source = encoder or card.encoder
+    try:
+        vit, _ = read_encoder(source, card.image_size, card.base.channels)
+    except UserError as error:
+        if encoder is not None:
+            raise
+        raise UserError(f"{error}; {folder} was tuned on {source}: say with --encoder where it lies now") from error
+    here = Base(**describe(vit))
+    if here != card.base:
+        odd = [name for name in Base.model_fields if getattr(here, name) != getattr(card.base, name)]
+        said = "; ".join(f"{name} {getattr(card.base, name)!s:.12}, here {getattr(here, name)!s:.12}" for name in odd)
+        raise UserError(
+            f"{source} is not the encoder that {folder} was tuned on ({said}); name that one with --encoder"
+        )
+    statistics = {"mean": np.atleast_1d(card.mean).tolist(), "std": np.atleast_1d(card.std).tolist()}
+    cast(Any, vit).pretrained_cfg = {**cast(Any, vit).pretrained_cfg, **statistics}
+    return vit.requires_grad_(False)

@@ -1,0 +1,96 @@
+"""What was said of every judged image, for people, sweeps and comparisons.
+
+    RUN/predictions.csv    key, patient, breast, truth, fold, p_CLASS…, logit_0…, decision; one row a judged image
+
+`patient` is "dataset/patient". Probabilities are calibrated, logits are not; the decision is that of the image alone.
+Several labels of an image are joined by a separator, in truth and decision.
+
+Legend: j judged images, k classes, w outputs of a head.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...engine.errors import UserError
+from ...engine.files import write_atomic
+from ...engine.metrics import Floats, Ints, Kind
+from .config import ReadoutSection
+from .judged import Judged
+
+WHO = ("key", "patient", "breast", "truth", "fold")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """predictions.csv, read back."""
+
+    keys: NDArray[np.str_]  # (j,)
+    patients: NDArray[np.str_]  # (j,)
+    breasts: NDArray[np.str_]  # (j,)
+    truth: NDArray[np.str_]  # (j,) as written
+    decisions: NDArray[np.str_]  # (j,) as written
+    fold: Ints  # (j,)
+    classes: tuple[str, ...]
+    probabilities: Floats  # (j, k)
+    logits: Floats  # (j, w)
+
+    def coded(self, written: NDArray[np.str_], kind: Kind, separator: str = "|") -> Ints:
+        """`truth` or `decisions` as (j,) classes, or (j, k) 0/1 of labels."""
+        if kind != "multilabel":
+            return np.array([self.classes.index(name) for name in written], np.int64)
+        sets = [names.split(separator) for names in written]
+        return np.array([[name in names for name in self.classes] for names in sets], np.int64)
+
+
+def write_predictions(path: Path, judged: Judged, separator: str = "|") -> None:
+    """Write predictions.csv, numbers in full."""
+    labelled, which = judged.labelled, judged.images
+    classes = labelled.target.classes
+    truth, decided = labelled.truth[which], judged.decided(judged.cases("image", ReadoutSection()))
+    outputs = (f"logit_{i}" for i in range(judged.logits.shape[1]))
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow([*WHO, *(f"p_{name}" for name in classes), *outputs, "decision"])
+    for j, image in enumerate(which.tolist()):
+        who = labelled.keys[image], labelled.patients[image], labelled.breasts[image]
+        numbers = (*judged.probabilities[j].tolist(), *judged.logits[j].tolist())
+        said = named(classes, decided[j], separator)
+        table.writerow([*who, named(classes, truth[j], separator), judged.fold[j], *numbers, said])
+    write_atomic(path, buffer.getvalue())
+
+
+def named(classes: Sequence[str], answer: Ints, separator: str) -> str:
+    """The name of a class, or those of a 0/1 row joined."""
+    if np.ndim(answer) == 0:
+        return classes[int(answer)]
+    return separator.join(name for name, has in zip(classes, answer, strict=True) if has)
+
+
+def read_predictions(path: Path) -> Predictions:
+    """What `write_predictions` wrote.
+
+    Raises:
+        UserError: the file is missing, or is none of ours.
+    """
+    try:
+        header, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True)
+        columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+        text = [np.array(columns[name]) for name in (*WHO[:4], "decision")]
+        names = [tuple(name for name in header if name.startswith(kind)) for kind in ("p_", "logit_")]
+        numbers = [np.array([columns[name] for name in group], np.float64).T for group in names]
+        fold = np.array(columns["fold"]).astype(np.int64)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; `miram finetune` writes it when it has judged") from error
+    except (csv.Error, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged or of another version ({error}); run what wrote it again") from error
+    keys, patients, breasts, truth, decisions = text
+    classes = tuple(name.removeprefix("p_") for name in names[0])
+    return Predictions(keys, patients, breasts, truth, decisions, fold, classes, *numbers)

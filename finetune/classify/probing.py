@@ -1,0 +1,76 @@
+"""Logistic regression on frozen features: what any tuning has to beat, and often with few labels does not.
+
+The model is the plain encoder with a linear head, for every kind of task.
+
+Legend: N labelled images, j of them, D features, w outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...engine.metrics import Floats, Ints
+from ..peft import apply
+from ..peft.base import Tuned
+from .bench import Bench, judge
+from .head import StandardisedLinear, solve
+
+BOUNDS = (1e-3, 1e1)  # of C
+
+
+@dataclass
+class Probing:
+    """A linear head on features that are computed once."""
+
+    bench: Bench
+    knob = "C"
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """As many strengths as tuning methods have learning rates, the strongest regularisation first."""
+        trials = self.bench.section.search.trials
+        return tuple(np.geomspace(*BOUNDS, trials).tolist()) if trials > 1 else (1.0,)
+
+    @cached_property
+    def features(self) -> Floats:
+        """(N, D) of all labelled images: the encoder's read-out, averaged over an image's frames."""
+        everything = np.arange(len(self.bench.labelled.rows))
+        return judge(self.bench, self.headless(), everything)
+
+    def headless(self) -> Tuned:
+        """The frozen encoder."""
+        return apply(deepcopy(self.bench.encoder), "linear").eval()
+
+    def make(self, images: Ints, value: float, place: Path, seed: int, held: Ints | None = None) -> Tuned:
+        """Solve for the head."""
+        tuned = self.headless()
+        tuned.head = self.solved(images, value).plain().to(next(tuned.model.parameters()))
+        return tuned
+
+    def solved(self, images: Ints, c: float) -> StandardisedLinear:
+        """The head of some images, in float64."""
+        labelled, section = self.bench.labelled, self.bench.section
+        truth, x = labelled.truth[images], self.features[images]
+        weights = None if section.balance == "none" else labelled.target.class_weights(truth).double()
+        head = StandardisedLinear.of(x, labelled.target.width)
+        solve(head, torch.from_numpy(x), torch.from_numpy(truth), labelled.target, weights, section.smoothing, c)
+        return head
+
+    def logits(self, model: Tuned, images: Ints) -> Floats:
+        """(j, w) of labelled images, from the features that are there."""
+        with torch.inference_mode():
+            head = deepcopy(model.head).cpu().double()
+            return np.asarray(head(torch.from_numpy(self.features[images])).numpy(), np.float64)
+
+    def cost(self, model: Tuned) -> Mapping[str, Any]:
+        """A head."""
+        written = sum(tensor.numel() * tensor.element_size() for tensor in model.head.state_dict().values())
+        return {"trainable": 0, "head": model.head_parameters, "adapter_bytes": written}

@@ -1,0 +1,220 @@
+"""Methods side by side: every method x label fraction x seed of the `sweep` section is one run, and tables the product.
+
+    OUT/cells/METHOD/fraction-0.1/seed-0/    a finetune run; METHOD has its options in its name, as in lora-rank-8
+    OUT/result.json                          a table a fraction; the figure that leads is the first method's
+    OUT/table.csv                            one row a method and fraction
+    OUT/figures/sweep.png
+
+All cells get the same search, folds and steps. A cell that is finished is read and not run again, one that was stopped
+goes on, one that fails is named and the others go on: the same command takes the sweep up wherever it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...engine.config import Tree, check, dump_yaml, parse_yaml
+from ...engine.errors import RunFailed, UserError, did_you_mean, one_line
+from ...engine.files import write_atomic
+from ...engine.run import Run, open_run
+from .comparison import Standing, Told, read_run, standings
+from .config import FinetuneConfig, SweepSection
+from .sweep_figure import CAPTION, draw_sweep
+from .sweep_table import Standings, content, table_csv
+
+LONGEST = 80  # characters of a folder's name
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run of the sweep."""
+
+    method: str  # with its options, for people
+    fraction: float
+    seed: int
+    settings: FinetuneConfig
+
+    @property
+    def run(self) -> Run:
+        """Its folder."""
+        return Run(Path(self.settings.out), "finetune")
+
+    def __str__(self) -> str:
+        return f"{self.method}, {100 * self.fraction:.4g} % of the labels, seed {self.seed}"
+
+
+def sweep(
+    settings: FinetuneConfig, one: Callable[[FinetuneConfig], Run], inputs: Mapping[str, str] | None = None
+) -> Run:
+    """`miram finetune CONFIG --sweep`.
+
+    Args:
+        settings: the `sweep` section says which cells, the rest what they have in common; `seed` is the bootstrap's.
+        one: makes one run, or goes on with it.
+        inputs: digests of what all cells read, by name.
+
+    Raises:
+        UserError: the grid cannot be, or the run folder is not usable.
+        Preempted: stopped on a signal; the cells that are finished are kept.
+        RunFailed: cells failed; the tables hold the others.
+    """
+    cells, main = list(grid(settings)), os.environ.get("RANK", "0") == "0"
+    run = open_run(settings, settings.out, "sweep", inputs, writes=main)
+    if run.finished:
+        print(f"{run.folder} is finished; nothing to do")
+        return run
+    with run.recorded(writes=main):
+        failed = work_through(cells, one)
+        if main:
+            write(run, settings, cells, failed)
+        if failed:
+            first = f"{next(iter(failed))}: {next(iter(failed.values()))}"
+            raise RunFailed(
+                f"{len(failed)} of {len(cells)} runs of the sweep failed and are named in {run.folder}/result.json, "
+                f"which holds the others; the first: {first}; the same command tries them again"
+            )
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- the grid
+
+
+def grid(settings: FinetuneConfig) -> Iterator[Cell]:
+    """Every cell, fraction by fraction.
+
+    Raises:
+        UserError: a method has settings that cannot be, something is named twice, or `against` is not in the grid.
+    """
+    section, folders = settings.sweep, set()
+    methods = {label(settings, entry): entry for entry in section.methods}
+    if section.against not in methods:
+        hint = did_you_mean(section.against, list(methods))
+        raise UserError(f"sweep.against={section.against} is none of sweep.methods{hint}")
+    for fraction in section.fractions:
+        for entry in section.methods:
+            name = label(settings, entry)
+            for seed in section.seeds:
+                out = Path(settings.out, "cells", folder_of(name), f"fraction-{fraction:g}", f"seed-{seed}")
+                if out in folders:
+                    raise UserError(
+                        f"sweep: {name} at fraction {fraction:g} and seed {seed} is named twice; leave one out"
+                    )
+                folders.add(out)
+                yield Cell(name, fraction, seed, derived(settings, entry, fraction, seed, str(out)))
+
+
+def derived(settings: FinetuneConfig, entry: str | Tree, fraction: float, seed: int, out: str) -> FinetuneConfig:
+    """A cell's own configuration. Options are a method's own: another one starts from its defaults.
+
+    Raises:
+        UserError: a key or value that the finetune section does not take.
+    """
+    tree: Tree = parse_yaml(dump_yaml(settings), "the sweep's configuration")
+    chosen = {"method": entry} if isinstance(entry, str) else entry
+    if chosen.get("method", settings.finetune.method) != settings.finetune.method:
+        tree["finetune"]["options"] = {}
+    tree["finetune"] = merged(tree["finetune"], chosen) | {"fraction": fraction}
+    tree |= {"out": out, "seed": seed, "sweep": SweepSection().model_dump(mode="json")}
+    return check(FinetuneConfig, tree, f"sweep.methods, {label(settings, entry)}")
+
+
+def merged(base: Tree, update: Tree) -> Tree:
+    """Keys of sections replaced one by one; options, which are another method's, as a whole."""
+    both = {k: v for k, v in update.items() if isinstance(v, dict) and isinstance(base.get(k), dict) and k != "options"}
+    return base | update | {key: merged(base[key], value) for key, value in both.items()}
+
+
+def label(settings: FinetuneConfig, entry: str | Tree) -> str:
+    """What a method is called by: its name, and in brackets what is set for it."""
+    if isinstance(entry, str):
+        return entry
+    rest = {key: value for key, value in entry.items() if key not in ("method", "options")}
+    options = entry.get("options")
+    said = [*spelled(options if isinstance(options, dict) else {}), *spelled(rest)]
+    name = str(entry.get("method", settings.finetune.method))
+    return f"{name} ({', '.join(said)})" if said else name
+
+
+def spelled(tree: Tree, prefix: str = "") -> Iterator[str]:
+    """`key value` of everything in it."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from spelled(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} {value}"
+
+
+def folder_of(method: str) -> str:
+    """A name that any file system takes, and that leads nowhere else."""
+    safe = re.sub(r"[^A-Za-z0-9._=+]+", "-", method).strip("-.") or "method"
+    if len(safe) <= LONGEST:
+        return safe
+    return f"{safe[: LONGEST - 9]}-{hashlib.sha256(method.encode()).hexdigest()[:8]}"
+
+
+# ---------------------------------------------------------------------------------------------- running it
+
+
+def work_through(cells: Sequence[Cell], one: Callable[[FinetuneConfig], Run]) -> dict[Cell, str]:
+    """Run what is not finished, one after the other; and why some could not be."""
+    failed: dict[Cell, str] = {}
+    todo = [cell for cell in cells if not cell.run.finished]  # asked once, so that all ranks do the same
+    for number, cell in enumerate(todo, 1):
+        say(f"sweep: run {number} of {len(todo)}: {cell}")
+        try:
+            one(cell.settings)
+        except (UserError, RunFailed, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError) and os.environ.get("WORLD_SIZE", "1") != "1":
+                raise  # the other ranks wait for this one
+            failed[cell] = one_line(str(error))
+            say(f"sweep: {cell} failed: {failed[cell]}")
+    return failed
+
+
+def say(line: str) -> None:
+    """To people, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- what it gives
+
+
+def write(run: Run, settings: FinetuneConfig, cells: Sequence[Cell], failed: dict[Cell, str]) -> None:
+    """Tables and picture; a finished cell that cannot be read or compared is added to the failed ones."""
+    told = read_cells(settings, cells, failed)
+    found: Standings = {fraction: place(settings, fraction, told) for fraction in settings.sweep.fractions}
+    reasons = [(cell.method, cell.fraction, cell.seed, why) for cell, why in failed.items()]
+    write_atomic(run.folder / "table.csv", table_csv(settings, found))
+    if told:
+        draw_sweep(run.caption({"sweep.png": CAPTION}) / "sweep.png", found, next(iter(told.values())).metric)
+    run.result(content(settings, found, reasons, [*told.values()]))
+
+
+def read_cells(settings: FinetuneConfig, cells: Sequence[Cell], failed: dict[Cell, str]) -> dict[Cell, Told]:
+    """What finished cells say, as far as they judged the same cases of the same task."""
+    told: dict[Cell, Told] = {}
+    for cell in (cell for cell in cells if cell not in failed):
+        try:
+            told[cell] = read_run(cell.run.folder, settings.finetune.readout)
+            told[cell].check_beside(next(iter(told.values())))
+        except UserError as error:
+            told.pop(cell, None)
+            failed[cell] = one_line(str(error))
+    return told
+
+
+def place(settings: FinetuneConfig, fraction: float, told: Mapping[Cell, Told]) -> dict[str, Standing]:
+    """The methods at one fraction, in their order."""
+    section, of = settings.sweep, {cell: said for cell, said in told.items() if cell.fraction == fraction}
+    methods = dict.fromkeys(cell.method for cell in of)
+    by_method = {m: {cell.seed: said for cell, said in of.items() if cell.method == m} for m in methods}
+    return standings(by_method, section.seeds, section.against, settings.finetune.replicates, settings.seed)

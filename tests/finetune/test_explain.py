@@ -1,0 +1,200 @@
+"""Maps of what counted: they point at the one thing a made-up model looks at, wherever the film had it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lockables import lock, write_encoder
+from PIL import Image
+from torch import Tensor, nn
+
+from miram.data.geometry import Geometry
+from miram.data.shards import Sample, ShardDataset
+from miram.data.tiles import tiles
+from miram.data.views import Normalisation
+from miram.finetune import explain as module
+from miram.finetune.classify.locked import Locked, read_locked
+from miram.finetune.explain import AS_STORED, Map, attended, occlusion, painted, places, rastered, surroundings
+from miram.finetune.films import Taking, taken
+from miram.finetune.predict import predict
+
+
+class Brightest(nn.Module):
+    """Sure of class 1 where a frame has a very bright place; patches of 8 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Module()
+        self.embed.grid_size, self.embed.patch_size = (8, 8), (8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = images * 0.3 + 0.2
+        hottest = nn.functional.avg_pool2d(grey, 3, 1).amax((1, 2, 3))
+        return torch.stack([torch.zeros_like(hottest), 20 * (hottest - 0.8)], 1)
+
+
+@pytest.fixture(scope="module")
+def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("explain")
+    lock(folder / "run", phantoms, write_encoder(folder / "encoder"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def brightest(run: Path) -> Locked:
+    card = read_locked(run).card.model_copy(update={"image_size": (128, 128), "temperature": 1.0})
+    return Locked(card, Brightest())  # type: ignore[arg-type]
+
+
+def spotted(shape: tuple[int, int], spot: tuple[int, int]) -> Sample:
+    """Half grey, with a bright spot; air on the right fifth."""
+    pixels = np.full(shape, 2000, np.uint16)
+    pixels[:, shape[1] * 4 // 5 :] = 0
+    reach = max(shape) // 20
+    pixels[spot[0] - reach : spot[0] + reach, spot[1] - reach : spot[1] + reach] = 4095
+    return Sample("spotted", pixels, 4095, {"geometry": Geometry.whole(*shape).as_dict()})
+
+
+@pytest.mark.parametrize("input", ["whole", "windows"])
+@pytest.mark.parametrize(("shape", "spot"), [((200, 120), (150, 30)), ((90, 140), (20, 80))])
+def test_hiding_the_bright_spot_is_what_counts(
+    brightest: Locked, input: str, shape: tuple[int, int], spot: tuple[int, int]
+) -> None:
+    locked = replace(brightest, card=brightest.card.model_copy(update={"input": input}))
+    found = occlusion(locked, spotted(shape, spot))
+    assert (found.of, found.said) == ("1", "1")
+    row, column = np.unravel_index(found.values.argmax(), found.values.shape)
+    cell = np.array(shape) / found.values.shape
+    assert np.abs((np.array([row, column]) + 0.5) * cell - spot).max() < 1.01 * cell.max()
+    assert found.values.max() > 0.3
+    far = np.abs((np.indices(found.values.shape) + 0.5) * cell[:, None, None] - np.array(spot)[:, None, None]).max(0)
+    assert np.abs(found.values[far > 3 * cell.max()]).max() < 0.02
+
+
+def test_places_are_those_that_frames_show() -> None:
+    rows, columns = np.ogrid[:150, :90]
+    smooth = np.sin(rows / 30) + np.cos(columns / 20)
+    pixels = (1 + 4000 * (smooth - smooth.min()) / np.ptp(smooth)).astype(np.uint16)
+    sample = Sample("smooth", pixels, 4095, {})
+    for input in ("whole", "windows"):
+        y, x, inside = places(sample, (64, 48), input)
+        seen = module.frames(sample, (64, 48), AS_STORED, input).numpy()[:, 0] * 4095
+        looked_up = pixels[np.rint(y).astype(int).clip(0, 149), np.rint(x).astype(int).clip(0, 89)]
+        there = inside > 0
+        assert np.corrcoef(seen[there], looked_up[there])[0, 1] > 0.999
+        assert (seen[~there] == 0).all()
+
+
+def test_what_is_put_in_a_hidden_place_is_the_tissue_around_it_and_no_air() -> None:
+    raw = np.zeros((1, 1, 40, 40), np.float32)
+    raw[..., :20] = 0.5
+    filling, tissue = surroundings(raw, 12)
+    assert np.allclose(filling[0, 0, :, :20], 0.5, atol=1e-5)
+    assert tissue[0].sum() == 40 * 20
+
+
+def test_nothing_is_asked_of_air(brightest: Locked, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(model: nn.Module, pictures: object, n: int, batch_size: int) -> np.ndarray:
+        asked.append(n)
+        return np.zeros((n, 2))
+
+    monkeypatch.setattr(module, "mean_logits", counted)
+    whole = spotted((128, 128), (60, 40))
+    half = replace(whole, pixels=np.where(np.arange(128) < 40, whole.pixels, np.uint16(0)))
+    occlusion(brightest, whole)
+    found = occlusion(brightest, half)
+    assert asked[1] < asked[0] / 1.5
+    assert (found.values[:, -1] == 0).all()
+
+
+def test_the_map_lies_on_the_film_where_the_breast_was(
+    run: Path, brightest: Locked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, object] = {}
+
+    def caught(path: Path, pixels: np.ndarray, found: Map, title: str, geometry: Geometry | None) -> None:
+        drawn.update(pixels=pixels, found=found, geometry=geometry)
+
+    monkeypatch.setattr(module, "draw", caught)
+    film = np.full((240, 200), 3, np.uint8)
+    rows, columns = np.ogrid[:240, :200]
+    breast = ((rows - 120) / 90) ** 2 + ((columns - 199) / 110) ** 2 < 1  # chest wall on the right: it is flipped
+    film[breast] = 130
+    film[150:162, 120:132] = 255
+    Image.fromarray(film).save(tmp_path / "film.png")
+    with taken([str(tmp_path / "film.png")], brightest.card, Taking()) as (found, _):
+        module.explain(brightest, found[0].shards, 0, tmp_path / "x.png", "film", found[0].film(0))
+    geometry, values = drawn["geometry"], drawn["found"].values
+    assert isinstance(geometry, Geometry)
+    assert geometry.flipped
+    assert np.array_equal(drawn["pixels"], film)
+    row, column = np.unravel_index(values.argmax(), values.shape)
+    stored = (column + 0.5) * geometry.columns / values.shape[1], (row + 0.5) * geometry.rows / values.shape[0]
+    x, y = geometry.back(stored)
+    cell = geometry.rows / values.shape[0]
+    assert abs(x - 126) < 1.5 * cell
+    assert abs(y - 156) < 1.5 * cell
+
+
+def test_pictures_show_image_and_map_side_by_side(brightest: Locked, tmp_path: Path) -> None:
+    sample = spotted((300, 200), (220, 60))
+    found = occlusion(brightest, sample)
+    module.draw(tmp_path / "map.png", np.asarray(sample.pixels), found, "spotted")
+    picture = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
+    left, right = picture[:, : picture.shape[1] * 2 // 5], picture[:, picture.shape[1] // 2 : picture.shape[1] * 4 // 5]
+    orange = [(part[..., 0] - part[..., 2] > 40).sum() for part in (left, right)]
+    assert orange[0] == 0
+    assert orange[1] > 500
+
+
+def test_colours_are_clear_where_nothing_changes() -> None:
+    colours = painted(np.array([[0.0, 0.2], [-0.1, 0.0]]), 0.2)
+    assert colours[0, 0, 3] == 0
+    assert colours[0, -1, 3] == pytest.approx(0.75)
+    assert colours[0, -1, 0] > colours[0, -1, 2]
+    assert colours[-1, 0, 2] > colours[-1, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- tiles
+
+
+def test_attention_lies_where_its_tiles_are(run: Path, phantoms: Path, tmp_path: Path) -> None:
+    lock(
+        tmp_path / "run",
+        phantoms,
+        run.with_name("encoder"),
+        input="tiles",
+        method="linear",
+        tiles={"mm_per_pixel": 2.5},
+    )
+    locked, shards = read_locked(tmp_path / "run"), ShardDataset(phantoms)
+    found, other = (attended(locked, shards, row) for row in (0, 1))
+    sample, how = shards[0], locked.card.tiles
+    spacing = float(shards.rows[0]["spacing_mm"])
+    boxes, _ = tiles(sample, (32, 32), 2.5, spacing, how.overlap, how.tissue, Normalisation(0.0, 1.0))
+    height, width = sample.pixels.shape[:2]
+    y, x = (np.arange(found.values.shape[0]) + 0.5) * height, (np.arange(found.values.shape[1]) + 0.5) * width
+    y, x = y[:, None] / found.values.shape[0], x[None] / found.values.shape[1]
+    covered = np.zeros(found.values.shape, bool)
+    for top, left, tall, wide in boxes:
+        covered |= (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+    assert (found.values[~covered] == 0).all()
+    assert (found.values[covered] > 0).all()
+    assert 0 < found.values.max() < 1
+    assert 0 < other.values.max() < 1
+    predict(tmp_path / "run", [str(phantoms)], tmp_path / "found.csv")
+
+
+def test_overlapping_boxes_share_a_mean() -> None:
+    boxes = np.array([[0.0, 0, 8, 8], [4, 0, 8, 8]])
+    found = rastered(np.array([0.6, 0.2]), boxes, (12, 8))
+    assert found.shape == (12, 8)
+    assert np.allclose(found[:4], 0.6)
+    assert np.allclose(found[4:8], 0.4)
+    assert np.allclose(found[8:], 0.2)
