@@ -69,6 +69,44 @@ def finetune(context: typer.Context) -> None:
     start("miram finetune", context.args)
 
 
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run of `miram finetune`.")],
+    images: Annotated[list[str], typer.Argument(help="DICOM files or pictures, folders of them, data sets.")],
+    out: Annotated[Path | None, typer.Option(help="File to write, .csv or .json; default: print CSV.")] = None,
+    explain: Annotated[Path | None, typer.Option(help="Folder for pictures of what decisions rest on.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Where the encoder lies, if it was moved.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 64,
+    bits: Annotated[int | None, typer.Option(min=1, max=16, help="That 16-bit pictures really hold.")] = None,
+    spacing: Annotated[float | None, typer.Option(min=0.001, help="Millimetres a pixel of pictures.")] = None,
+    any_modality: Annotated[bool, typer.Option("--any-modality", help="Take other modalities than MG.")] = False,
+    for_processing: Annotated[bool, typer.Option("--for-processing", help="Take raw images, too.")] = False,
+    burned_in: Annotated[bool, typer.Option("--burned-in", help="Take images with text on the breast.")] = False,
+) -> None:
+    """Judge your own images with a tuned model: probability, decision, threshold, model."""
+    from .finetune.films import Taking
+    from .finetune.predict import predict as judge
+
+    taking = Taking(
+        bits=bits, spacing_mm=spacing, any_modality=any_modality, for_processing=for_processing, burned_in=burned_in
+    )
+    judge(run, images, out, explain, encoder, batch_size, taking)
+
+
+@app.command(context_settings=STAGE, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """A tuned model, locked, on another set: RUN --data.shards=OTHER …; --help lists the keys."""
+    from .finetune.evaluate import evaluate as stage
+    from .finetune.evaluate import usage
+
+    if "--help" in context.args or "-h" in context.args:
+        print(usage())
+    elif not context.args or context.args[0].startswith("-"):
+        raise UserError("name a run first: miram evaluate RUN --data.shards=OTHER …")
+    else:
+        stage(context.args[0], context.args[1:])
+
+
 @app.command(context_settings=STAGE, add_help_option=False)
 def plan(
     context: typer.Context,
@@ -127,12 +165,13 @@ def config(
     context: typer.Context, stage: Annotated[str, typer.Argument(help="Preset or YAML file of a stage.")]
 ) -> None:
     """Print a configuration as a run would resolve it: CONFIG --section.key=value …"""
-    from .engine.config import dump_yaml, load, read_tree
+    from .engine.config import Section, dump_yaml, load, read_tree
     from .finetune.classify.config import FinetuneConfig
     from .finetune.config import ProbeConfig
+    from .paper_config import PaperConfig
     from .pretrain.config import PretrainConfig
 
-    kinds = {"probe": ProbeConfig, "finetune": FinetuneConfig}
+    kinds: dict[str, type[Section]] = {"pretrain": PaperConfig, "probe": ProbeConfig, "finetune": FinetuneConfig}
     tree = read_tree(stage)
     schema = next((kind for section, kind in kinds.items() if section in tree), PretrainConfig)
     print(dump_yaml(load(schema, stage, context.args)), end="")
@@ -150,6 +189,21 @@ def demo(
     from .demo import default_out, run_demo
 
     run_demo(data, task, out or default_out(data, task))
+
+
+@app.command(context_settings=STAGE, add_help_option=False)
+def paper(context: typer.Context) -> None:
+    """The paper's experiment, every pretraining and fine-tuning in one table: CONFIG --section.key=value …"""
+    from functools import partial
+
+    from .engine.signals import StopSignals
+
+    with StopSignals() as signals:
+        from .paper import ABOUT
+        from .paper import paper as stage
+        from .paper_config import PaperConfig
+
+        run_stage("miram paper", PaperConfig, partial(stage, signals=signals), context.args, ABOUT)
 
 
 def main() -> None:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..engine.files import make_folder
 from .archive import SourceOptions
 from .ingest import Outcome, ingest
 from .phantom import DENSITIES, MAX_VALUE, SIDES, VIEWS, Finding, PhantomSettings, findings, records, render
@@ -28,6 +27,7 @@ from .phantom_texture import stream
 from .sources import read_archive
 from .sources.phantom import KEY
 
+DATASET = "phantom-lesions"
 COLUMNS = {
     "mass": ("breast_density", "mass shape", "mass margins"),
     "calc": ("breast density", "calc type", "calc distribution"),
@@ -65,7 +65,7 @@ class Lesion:
 
 
 def make_lesions(shards: Path, patients: int, settings: PhantomSettings, workers: int | None = None) -> Outcome:
-    """Write `films` beside the data set, and ingest it as a user would ingest CBIS-DDSM: a sample a lesion.
+    """Write the archive beside the data set, and ingest it as a user would ingest CBIS-DDSM: a sample a lesion.
 
     Raises:
         UserError: `shards` holds something else.
@@ -73,7 +73,8 @@ def make_lesions(shards: Path, patients: int, settings: PhantomSettings, workers
     folder = shards.with_name(f"{shards.name}.archive")
     write_archive(folder, patients, settings)
     archive = read_archive("cbis-ddsm", folder, SourceOptions(level="roi", disjoint=True))
-    return ingest(archive, shards, KEY, workers)
+    named = replace(archive, dataset=DATASET, licence="made by miram, free of rights")
+    return ingest(named, shards, KEY, workers)
 
 
 def write_archive(folder: Path, patients: int, settings: PhantomSettings) -> None:
@@ -109,7 +110,9 @@ def breast(films: Path, patient: int, side: str, settings: PhantomSettings, dens
             if not mask.any():
                 continue  # beyond the film, or behind another
             part = part_of(patient, finding.label)
-            film = f"{finding.label.title()}-{PARTS[part]}_P_{patient + 1:05d}_{'LEFT' if side == 'L' else 'RIGHT'}_{view}"
+            film = (
+                f"{finding.label.title()}-{PARTS[part]}_P_{patient + 1:05d}_{'LEFT' if side == 'L' else 'RIGHT'}_{view}"
+            )
             lesion = Lesion(finding.label, part, film, 1, is_malignant(finding), density)
             write_lesion(films, lesion, drawn.pixels, mask)
             yield lesion
@@ -130,11 +133,10 @@ def is_malignant(finding: Finding) -> bool:
 
 def write_lesion(films: Path, lesion: Lesion, pixels: NDArray[np.generic], mask: NDArray[np.bool_]) -> None:
     """Film, crop and mask."""
-    scaled = (np.asarray(pixels, np.uint32) * 65535 // MAX_VALUE).astype(np.uint16)
+    film = (np.asarray(pixels, np.uint32) * 255 // MAX_VALUE).astype(np.uint8)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    crop = scaled[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    files = ((lesion.film, "film", scaled), (lesion.folder, "crop", crop), (lesion.folder, "mask", mask))
+    crop = film[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    files = ((lesion.film, "film", film), (lesion.folder, "crop", crop), (lesion.folder, "mask", mask * np.uint8(255)))
     for folder, name, content in files:
-        make_folder(films / folder)
-        saved = content if content.dtype == np.uint16 else content.astype(np.uint8) * 255
-        Image.fromarray(saved).save(films / folder / f"{name}.png")
+        (films / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(films / folder / f"{name}.png", compress_level=1)

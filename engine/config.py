@@ -316,7 +316,8 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
     for name, field in schema.model_fields.items():
         inner = _inner(field.annotation)
         if isinstance(inner, type) and issubclass(inner, Section):
-            dot = {list: ".0.", tuple: ".0.", dict: ".NAME."}.get(get_origin(field.annotation), ".")
+            origin: Any = get_origin(field.annotation)
+            dot = {list: ".0.", tuple: ".0.", dict: ".NAME."}.get(origin, ".")
             yield from keys(inner, f"{prefix}{name}{dot}")
         else:
             default = (

@@ -28,7 +28,7 @@ from .recipe import TrainSection, lengths
 from .run import MetricsFile, Run
 from .signals import StopSignals
 from .step import Learner
-from .track import Tracker
+from .track import Tracker, reset_peak_memory
 from .trackers import start_trackers
 from .watchdog import Watchdog
 from .window import Window
@@ -101,6 +101,7 @@ class Trainer:
             RunFailed: a loss became infinite or not a number, memory ran out, a checkpoint could not be written, or
                 another rank is gone.
         """
+        reset_peak_memory()
         self.resume()
         with self.at_work() as batches:
             while self.step < self.steps:

@@ -109,15 +109,19 @@ class Run:
         return None
 
 
-def write_report(runs: Sequence[Path], out: Path, *, title: str = "miram report") -> Path:
+def write_report(
+    runs: Sequence[Path], out: Path, *, title: str = "miram report", names: Sequence[str] | None = None
+) -> Path:
     """Write one self-contained page about the run folders to `out`, whole or not at all.
+
+    They are called by `names`, or as their folders are.
 
     Raises:
         UserError: no run is named, or a folder is missing or is no run.
     """
     if not runs:
         raise UserError("no run folder given; name at least one, as in `miram report runs/demo`")
-    names = [run.resolve().name for run in runs]
+    names = list(names or (run.resolve().name for run in runs))
     earlier = [names[:place].count(name) for place, name in enumerate(names)]
     shown = [f"{name} ({n + 1})" if n else name for name, n in zip(names, earlier, strict=True)]
     read = [_read_run(run, name) for run, name in zip(runs, shown, strict=True)]

@@ -35,7 +35,7 @@ class ProbeSection(Section):
     lrs: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1)] = LRS
     """learning rates of the sweep's heads"""
     crops: NonNegativeInt = 0
-    """random crops of each image that sweep and mae_linear train on; 0: they train on the windows that cover the image"""
+    """random crops of each image that sweep and mae_linear train on; 0: on the windows that cover the image"""
     neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5, 10, 20, 50, 100, 200)
     """numbers of neighbours to choose from"""
     temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.07, 0.1, 0.2)

@@ -24,7 +24,6 @@ from ..data.shards import ShardDataset
 from ..engine.config import Section, check, keys, override, parse_overrides
 from ..engine.errors import UserError
 from ..engine.files import read_json
-from ..engine.metrics import Ints
 from ..engine.run import RESULT, Run, open_run
 from ..pretrain.weights.loading import read_provenance
 from .change import against
@@ -37,7 +36,7 @@ from .classify.labels import Labelled, read_labels
 from .classify.locked import Locked, read_locked, refuse_channels
 from .classify.predictions import write_predictions
 from .classify.subgroups import check_subgroups
-from .explain import explain
+from .examples import explained
 
 
 class EvaluatedData(DataSection):
@@ -87,6 +86,8 @@ def configured(run: str, arguments: Sequence[str]) -> EvaluateConfig:
         UserError: a key or value is none.
     """
     overrides, tree = parse_overrides(arguments), {"run": run}
+    if ("data", "shards") not in overrides and not any(key[0] not in EvaluateConfig.model_fields for key in overrides):
+        raise UserError(f"name the images to judge: miram evaluate {run} --data.shards=OTHER")
     for key, value in overrides.items():
         override(tree, key, value)
     if tree.get("out") is None:
@@ -220,37 +221,6 @@ def notes(locked: Locked, shards: ShardDataset, labelled: Labelled, settings: Ev
     if any(True for _ in differing):
         lines.append("These images were ingested with other settings than those of the training (manifest.json).")
     return lines
-
-
-def explained(
-    locked: Locked, shards: ShardDataset, judged: Judged, folder: Path, count: int, batch_size: int
-) -> dict[str, str]:
-    """Maps of the surest right and wrong decisions in turn; captions by file name."""
-    captions = {}
-    for number, image in enumerate(surest(judged)[:count], 1):
-        row, name = int(judged.labelled.rows[image]), f"explained-{number}.png"
-        truth = judged.labelled.truth[image]
-        names = judged.labelled.target.classes
-        told = (
-            names[int(truth)]
-            if np.ndim(truth) == 0
-            else locked.card.target.separator.join(one for one, there in zip(names, truth, strict=True) if there)
-        )
-        said = explain(locked, shards, row, folder / name, str(judged.labelled.keys[image]), None, batch_size)
-        captions[name] = f"{said} Its label: {told or 'none'}."
-    return captions
-
-
-def surest(judged: Judged) -> Ints:
-    """Numbers of judged images: of those decided rightly and wrongly the surest first, in turn."""
-    target, truth = judged.labelled.target, judged.labelled.truth[judged.images]
-    decided = target.decide(judged.probabilities, judged.thresholds[0]["image"])
-    right = decided == truth if truth.ndim == 1 else (decided == truth).all(1)
-    sure = judged.probabilities.max(1)
-    order = np.argsort(-sure, kind="stable")
-    sides = [order[right[order]], order[~right[order]]]
-    rank = np.concatenate([np.arange(len(side)) for side in sides])
-    return np.asarray(judged.images[np.concatenate(sides)[np.argsort(rank, kind="stable")]])
 
 
 def say(result: Mapping[str, Any]) -> None:

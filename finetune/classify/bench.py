@@ -67,8 +67,15 @@ class Bench:
 class Approach(Protocol, Generic[Model]):
     """A way to a classifier: tuning an encoder, a probe of frozen features, attention over tiles."""
 
-    knob: str  # what is searched, for people
-    values: tuple[float, ...]  # the candidates, the mildest first
+    @property
+    def knob(self) -> str:
+        """What is searched, for people."""
+        ...
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The candidates, the mildest first."""
+        ...
 
     def make(self, images: Ints, value: float, place: Path, seed: int, held: Ints | None = None) -> Model:
         """A classifier trained on some images; `held` ones may say which step was best."""
@@ -98,5 +105,6 @@ def judge(bench: Bench, model: nn.Module, images: Ints) -> Floats:
     """(j, w) logits of images on this rank."""
     section, vit = bench.section, bench.encoder
     size, batch = vit.patch_embed.img_size, section.batch_size
-    assert size is not None and section.input != "tiles"
+    assert size is not None
+    assert section.input != "tiles"
     return frame_logits(model, bench.shards, bench.rows(images), section.input, size, normalisation(vit), batch)

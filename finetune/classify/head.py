@@ -41,6 +41,7 @@ class StandardisedLinear(nn.Linear):
         return cls(torch.from_numpy(x.mean(0)), torch.from_numpy(scale), outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, w)."""
         return F.linear((x - self.mean) / self.deviation, self.weight, self.bias)
 
     @torch.no_grad()
@@ -87,3 +88,4 @@ def solve(
         return loss
 
     lbfgs.step(closure)
+    lbfgs.zero_grad()  # what learns on would begin with the last gradient

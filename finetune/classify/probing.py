@@ -18,12 +18,16 @@ import numpy as np
 import torch
 
 from ...engine.metrics import Floats, Ints
+from ...engine.tensors import read_tensors
+from ..columns import Columns
+from ..features import digest, make_once
 from ..peft import apply
 from ..peft.base import Tuned
 from .bench import Bench, judge
 from .head import StandardisedLinear, solve
 
 BOUNDS = (1e-3, 1e1)  # of C
+FORM = "miram.frames/1"
 
 
 @dataclass
@@ -42,8 +46,16 @@ class Probing:
     @cached_property
     def features(self) -> Floats:
         """(N, D) of all labelled images: the encoder's read-out, averaged over an image's frames."""
-        everything = np.arange(len(self.bench.labelled.rows))
-        return judge(self.bench, self.headless(), everything)
+        bench, section = self.bench, self.bench.section
+        read = {"form": FORM, "input": section.input, "rows": bench.labelled.rows.tolist()}
+        path = bench.cache / f"{digest(bench.encoder, bench.shards, read)}.safetensors"
+
+        def fill(columns: Columns) -> None:
+            found = judge(bench, self.headless(), np.arange(len(bench.labelled.rows)))
+            columns.add("features", torch.from_numpy(found))
+
+        make_once(path, {"name": section.encoder, "input": section.input}, fill)
+        return np.asarray(read_tensors(path)["features"].numpy(), np.float64)
 
     def headless(self) -> Tuned:
         """The frozen encoder."""

@@ -19,7 +19,6 @@ def headline_score(labelled: Labelled, images: Ints, logits: Floats) -> float:
     """
     target = labelled.target
     probabilities = target.probabilities(logits)
-    thresholds = {"binary": 1, "multilabel": len(target.classes)}.get(target.kind, 0)
-    decided = target.decide(probabilities, (0.5,) * thresholds)
+    decided = target.decide(probabilities, (0.5,) * target.thresholds)
     found = panel(target.kind, labelled.truth[images], probabilities, decided, np.ones((1, len(images))))
     return float(found[headline(target.kind)][0])

@@ -35,6 +35,7 @@ from .bench import Approach, Bench, refuse_not_finite
 from .config import Level
 from .judging import choose_thresholds
 from .scores import headline_score
+from .units import LEVELS
 
 TRAINING = "miram.training/1"
 UNDECIDED = "too few patients of a class to choose anything: the middle candidate, no temperature, threshold 0.5"
@@ -94,8 +95,10 @@ class Search:
         held = np.concatenate([held for _, held in pairs]) if pairs else fit[:0]
         said = np.concatenate(tried[best][1]) if tried else np.zeros((0, bench.labelled.target.width))
         temperature, thresholds = self.calibrated(held, said)
-        last = pairs[0] if bench.section.search.folds == 1 and pairs else (fit, None)
-        logits, model = self.trained(*last, rest, values[best], place / "chosen", seed, keep=keep)
+        known: Ints
+        picky: Ints | None
+        known, picky = pairs[0] if bench.section.search.folds == 1 and pairs else (fit, None)
+        logits, model = self.trained(known, picky, rest, values[best], place / "chosen", seed, keep=keep)
         costs = (*(cost_at(p) for p in sorted(place.glob("inner-*/*/training.json"))), cost_at(place / "chosen"))
         return Nested(logits, model, values[best], candidates, temperature, thresholds, inner, costs)
 
@@ -133,9 +136,11 @@ class Search:
 
     def calibrated(self, held: Ints, said: Floats) -> tuple[float, dict[Level, tuple[float, ...]]]:
         """Temperature and thresholds from what models said of images that they were not trained on."""
-        labelled = self.bench.labelled
-        temperature = fit_temperature(labelled.target.kind, said, labelled.truth[held]) if len(held) else 1.0
-        return temperature, choose_thresholds(labelled, held, said, temperature, self.bench.section)
+        labelled, section = self.bench.labelled, self.bench.section
+        if not len(held):
+            return 1.0, dict.fromkeys(LEVELS, (0.5,) * labelled.target.thresholds)
+        temperature = fit_temperature(labelled.target.kind, said, labelled.truth[held])
+        return temperature, choose_thresholds(labelled, held, said, temperature, section)
 
 
 def inner_folds(bench: Bench, fit: Ints) -> tuple[list[Fold], str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from ...engine.signals import StopSignals
 from ...engine.track import Meter
 from ...pretrain.encoder import normalisation
 from ...pretrain.weights.loading import encoder_digest, read_encoder
+from ..examples import explained
 from ..features import check_channels
 from ..peft import METHODS
 from ..peft.registry import describe
@@ -45,16 +46,17 @@ from .cards import card_for
 from .config import FinetuneConfig
 from .figures import draw_figures
 from .fraction import labelled_fraction
-from .judging import Judged, figures_of, write_predictions
+from .judging import Judged, check_subgroups, figures_of, write_predictions
 from .labels import read_labels
-from .locked import write_locked
+from .locked import read_model, write_locked
 from .probing import Probing
 from .search import Nested, Search
 from .sweep import sweep
+from .tiles import spacings
 from .tiling import Tiling
 from .tuning import Tuning
 
-FROZEN = {"probe": Probing, "attention_mil": Tiling}
+FROZEN: Mapping[str, Callable[[Bench], Approach[Any]]] = {"probe": Probing, "attention_mil": Tiling}
 
 
 def finetune(
@@ -73,18 +75,20 @@ def finetune(
     """
     settings = load(FinetuneConfig, config, arguments)
     accelerator = make_accelerator(settings.train.deterministic)
-    one = partial(run_one, accelerator=accelerator, signals=signals or StopSignals())
-    return sweep(settings, one) if sweeps else one(settings)
+    out = Path(settings.out)
+    cache = (out if sweeps else out.parent) / "features"
+    one = partial(run_one, accelerator=accelerator, signals=signals or StopSignals(), cache=cache)
+    return sweep(settings, one, inputs_of(settings)) if sweeps else one(settings)
 
 
-def run_one(settings: FinetuneConfig, accelerator: Accelerator, signals: StopSignals) -> Run:
-    """One method on one task.
+def run_one(settings: FinetuneConfig, accelerator: Accelerator, signals: StopSignals, cache: Path) -> Run:
+    """One method on one task; `cache` is the folder of frozen features.
 
     Raises:
         UserError, Preempted, RunFailed: as `finetune`.
     """
-    bench, splits, split_name = prepare(settings, accelerator, signals)
-    inputs = bench.shards.inputs | {"encoder": encoder_digest(settings.finetune.encoder)}
+    bench, splits, split_name = prepare(settings, accelerator, signals, cache)
+    inputs = inputs_of(settings)
     run = Run(Path(settings.out), "finetune")
     together(accelerator, lambda: open_run(settings, settings.out, "finetune", inputs) if bench.main else None)
     if run.finished:
@@ -97,7 +101,14 @@ def run_one(settings: FinetuneConfig, accelerator: Accelerator, signals: StopSig
     return run
 
 
-def prepare(settings: FinetuneConfig, accelerator: Accelerator, signals: StopSignals) -> tuple[Bench, list[Fold], str]:
+def inputs_of(settings: FinetuneConfig) -> dict[str, str]:
+    """Digests of what a run reads."""
+    return open_shards(settings.data).inputs | {"encoder": encoder_digest(settings.finetune.encoder)}
+
+
+def prepare(
+    settings: FinetuneConfig, accelerator: Accelerator, signals: StopSignals, cache: Path
+) -> tuple[Bench, list[Fold], str]:
     """All that can be refused before anything is written.
 
     Raises:
@@ -112,7 +123,9 @@ def prepare(settings: FinetuneConfig, accelerator: Accelerator, signals: StopSig
     splits, name = outer_folds(labelled.strata, section.folds, settings.seed, "finetune.folds")
     vit, said = read_encoder(section.encoder, section.image_size, shards.channels)
     check_channels(vit, shards)
-    cache = Path(settings.out).parent / "features"
+    check_subgroups(shards.rows, section.subgroups)
+    if section.input == "tiles":
+        spacings(shards, section.tiles)
     bench = Bench(settings, shards, labelled, vit, accelerator, signals, cache)
     approach = approach_of(bench)
     if isinstance(approach, Tuning):
@@ -217,8 +230,19 @@ class Stage:
         content["notes"] = [*content["notes"], *self.notes(found)]
         write_predictions(run.folder / "predictions.csv", judged, bench.section.separator)
         write_atomic(run.folder / "search.csv", search_table(found))
-        run.caption(draw_figures(run.folder / "figures", judged, bench.section, bench.settings.seed))
+        figures = run.folder / "figures"
+        captions = draw_figures(figures, judged, bench.section, bench.settings.seed)
+        run.caption(captions | self.maps(judged, figures))
         run.result(content)
+
+    def maps(self, judged: Judged, figures: Path) -> dict[str, str]:
+        """Pictures of what counted, by the kept model; captions by file name."""
+        folder, section, trained = self.run.folder / "model", self.bench.section, len(self.splits) > 1
+        if not section.explain or not folder.exists():
+            return {}
+        note = " The map is of the last model, which was trained on this image, too." * trained
+        locked = read_model(folder)
+        return explained(locked, self.bench.shards, judged, figures, section.explain, section.batch_size, note)
 
     def notes(self, found: Sequence[Nested]) -> list[str]:
         """How the models came about, for the reader of the report."""

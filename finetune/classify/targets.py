@@ -34,6 +34,11 @@ class Target:
         """Outputs of the head."""
         return len(self.classes) - (self.kind == "ordinal")
 
+    @property
+    def thresholds(self) -> int:
+        """How many it is decided by: one for two classes, one a label, none where the classes compete."""
+        return {"binary": 1, "multilabel": len(self.classes)}.get(self.kind, 0)
+
     def loss(self, logits: Tensor, truth: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """(B,) the loss of each image.
 
@@ -62,7 +67,7 @@ class Target:
             probabilities: (n, k)
             thresholds: from which on it is yes; binary: of class 1; multilabel: of each class; others: ().
         """
-        assert len(thresholds) == {"binary": 1, "multilabel": len(self.classes)}.get(self.kind, 0), thresholds
+        assert len(thresholds) == self.thresholds, thresholds
         if self.kind == "multilabel":
             return (probabilities >= np.array(thresholds)).astype(np.int64)
         if self.kind == "binary":

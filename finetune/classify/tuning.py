@@ -128,7 +128,8 @@ class Tuning:
         """Augmented frames of images, in ascending order of their rows, and their labels."""
         bench, section, labelled = self.bench, self.bench.section, self.bench.labelled
         size, normalise = bench.encoder.patch_embed.img_size, normalisation(bench.encoder)
-        assert size is not None and section.input != "tiles"
+        assert size is not None
+        assert section.input != "tiles"
         frames = TrainFrames(size, section.input, section.augment, normalise, seed)
         truth = {str(labelled.keys[i]): torch.as_tensor(labelled.truth[i]) for i in images}
         data = bench.settings.data

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from timm.optim import Lars
+from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,7 +57,7 @@ def new_probe(dim: int, classes: int, seed: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), head)
 
 
-def lars(head: nn.Linear) -> Lars:
+def lars(head: nn.Linear) -> torch.optim.Optimizer:
     """The rate adapts to the length of the weights though nothing decays, and not to that of the bias."""
     groups = [{"params": [head.weight], "always_adapt": True}, {"params": [head.bias], "always_adapt": False}]
     return Lars(groups, momentum=MOMENTUM, trust_coeff=TRUST)
@@ -73,12 +73,12 @@ def train(views: Views, truth: Ints, fit: Ints, classes: int, seed: int) -> nn.S
         classes: k.
         seed: of the start, of the order of images and of their views.
     """
-    x, y = torch.from_numpy(views.trained).to(device()), torch.from_numpy(truth).to(device())
+    x, y = torch.from_numpy(views.trained[fit]).to(device()), torch.from_numpy(truth[fit]).to(device())
     weights = (len(y) / (classes * y.bincount(minlength=classes).clamp(min=1))).float()
     probe = new_probe(x.shape[2], classes, seed).to(device()).train()
     head = probe[1]
     assert isinstance(head, nn.Linear)
-    optimizer, batches = lars(head), list(draws(*x.shape[:2], seed))
+    optimizer, batches = lars(head), list(draws(len(x), x.shape[1], seed))
     for step, (images, of) in enumerate(batches):
         warmup = WARMUP * len(batches) // EPOCHS
         for group in optimizer.param_groups:

@@ -354,7 +354,8 @@ def test_a_subset_holds_the_samples_of_its_rows_and_shares_what_was_decoded(phan
     shards = ShardDataset(phantoms, cache_mb=64)
     part = shards.subset([7, 2, 5])
     assert [part[i].key for i in range(len(part))] == [shards[i].key for i in (2, 5, 7)]
-    assert part.splits == [shards.splits[i] for i in (2, 5, 7)] and sum(part.shard_sizes) == 3
+    assert part.splits == [shards.splits[i] for i in (2, 5, 7)]
+    assert sum(part.shard_sizes) == 3
     assert part[1] is shards[5], "an image was decoded twice"
     assert as_elsewhere(part)[1].key == part[1].key
 

