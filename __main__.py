@@ -168,7 +168,7 @@ def config(
     from .engine.config import Section, dump_yaml, load, read_tree
     from .finetune.classify.config import FinetuneConfig
     from .finetune.config import ProbeConfig
-    from .paper_config import PaperConfig
+    from .paper.config import PaperConfig
     from .pretrain.config import PretrainConfig
 
     kinds: dict[str, type[Section]] = {"pretrain": PaperConfig, "probe": ProbeConfig, "finetune": FinetuneConfig}
@@ -199,9 +199,9 @@ def paper(context: typer.Context) -> None:
     from .engine.signals import StopSignals
 
     with StopSignals() as signals:
-        from .paper import ABOUT
-        from .paper import paper as stage
-        from .paper_config import PaperConfig
+        from .paper.config import PaperConfig
+        from .paper.stage import ABOUT
+        from .paper.stage import paper as stage
 
         run_stage("miram paper", PaperConfig, partial(stage, signals=signals), context.args, ABOUT)
 

@@ -16,7 +16,9 @@ from PIL import Image
 Say = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize("command", ["", "data", "data ingest", "pretrain", "probe", "report", "demo"])
+@pytest.mark.parametrize(
+    "command", ["", "data", "data ingest", "pretrain", "probe", "finetune", "predict", "evaluate", "report", "demo"]
+)
 def test_help_ends_well_and_says_something(command: str, say: Say) -> None:
     code, out, _ = say(*command.split(), "--help")
     assert code == 0
@@ -50,6 +52,12 @@ def test_config_prints_what_a_run_would_use(say: Say) -> None:
         (("pretrain", "pretrain/nosuch"), "nosuch"),
         (("pretrain",), "name a configuration"),
         (("probe", "--seed=1"), "name a configuration"),
+        (("finetune",), "name a configuration"),
+        (("finetune", "--sweep"), "name a configuration"),
+        (("finetune", "finetune/demo", "--finetune.metod=lora"), "did you mean 'finetune.method'"),
+        (("predict", "nosuch", "film.png"), "nosuch"),
+        (("evaluate",), "name a run"),
+        (("evaluate", "nosuch", "--data.shards=x"), "nosuch"),
         (("report", "nosuch"), "nosuch"),
     ],
 )

@@ -17,10 +17,10 @@ import pytest
 import miram
 
 ROOT = Path(miram.__file__).parent
-FLOORS = {"engine": 0, "data": 1, "pretrain": 2, "finetune": 3, "demo": 4, "__main__": 5}
+FLOORS = {"engine": 0, "data": 1, "pretrain": 2, "finetune": 3, "demo": 4, "paper": 4, "__main__": 5}
 SOURCES = [
     p
-    for name in ("", "engine", "data", "pretrain", "finetune")
+    for name in ("", "engine", "data", "pretrain", "finetune", "paper")
     for p in (ROOT / name).glob("*.py" if not name else "**/*.py")
 ]
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score
 
-from miram import paper as module
 from miram.data.archive import SourceOptions
 from miram.data.divide import make_split
 from miram.data.ingest import ingest
@@ -25,9 +24,10 @@ from miram.engine.errors import Preempted, RunFailed, UserError
 from miram.engine.signals import StopSignals
 from miram.finetune.classify.config import FinetuneConfig
 from miram.finetune.classify.predictions import Predictions
-from miram.paper import Experiment, arguments_of, paper
-from miram.paper_config import PaperConfig
-from miram.paper_table import Told, standing
+from miram.paper import stage as module
+from miram.paper.config import PaperConfig
+from miram.paper.stage import Experiment, arguments_of, paper
+from miram.paper.table import Told, standing
 
 OURS = [name for name in presets() if name.startswith("paper/")]
 LESIONS = PhantomSettings(size=240, seed=5, mass_rate=0.9, calc_rate=0.9)

@@ -55,8 +55,8 @@ class Bench:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if world == 1:
             return judge(images)
-        rank, world = (rank, 1) if alone else (rank, world)
-        places = np.arange(len(images))[rank::world]
+        places = np.arange(len(images))
+        places = places[rank::world] if not alone else places[: 0 if rank else None]
         found = np.zeros((len(images), self.labelled.target.width))
         if len(places):
             found[places] = judge(images[places])

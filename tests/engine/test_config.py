@@ -14,10 +14,25 @@ from pydantic import PositiveInt, model_validator
 
 from miram.engine.config import Section, check, dump_yaml, keys, load, parse_overrides, parse_yaml, presets
 from miram.engine.errors import UserError
+from miram.finetune.classify.config import FinetuneConfig
 from miram.finetune.config import ProbeConfig
+from miram.paper.config import PaperConfig
 from miram.pretrain.config import PretrainConfig
 
-STAGES: dict[str, type[Section]] = {"pretrain": PretrainConfig, "probe": ProbeConfig}
+STAGES: dict[str, type[Section]] = {
+    "pretrain": PretrainConfig,
+    "probe": ProbeConfig,
+    "finetune": FinetuneConfig,
+    "paper": PaperConfig,
+}
+
+
+def schema_of(preset: str) -> type[Section]:
+    """Of a preset; recipes of the paper are fine-tunings."""
+    recipe = preset in ("paper/authors", "paper/ours")
+    return FinetuneConfig if recipe else STAGES[preset.partition("/")[0]]
+
+
 DEMO = "pretrain/demo"
 
 
@@ -382,7 +397,7 @@ def test_length_override_of_a_list_is_a_user_error(written: Any) -> None:
 
 @pytest.mark.parametrize("preset", presets())
 def test_preset_is_valid_for_its_stage_and_reads_back_equal(preset: str) -> None:
-    schema = STAGES[preset.partition("/")[0]]
+    schema = schema_of(preset)
     config = load(schema, preset)
     assert check(schema, parse_yaml(dump_yaml(config), preset), preset) == config
 
@@ -438,7 +453,7 @@ def leaves(section: Section, prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("preset", ["pretrain/demo", "probe/demo"])
 def test_help_lists_every_leaf_and_nothing_else(preset: str) -> None:
-    config = load(STAGES[preset.partition("/")[0]], preset)
+    config = load(schema_of(preset), preset)
     listed = list(keys(type(config)))
     assert [key for key, *_ in listed] == list(leaves(config))
     assert all(meaning for *_, meaning in listed)

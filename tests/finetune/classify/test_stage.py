@@ -113,9 +113,7 @@ def test_a_finished_run_is_not_run_again(
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
-def test_folds_judge_everybody_and_the_last_model_knows_everybody(
-    folder: Path, phantoms: Path, tmp_path: Path
-) -> None:
+def test_folds_judge_everybody_and_the_last_model_knows_everybody(folder: Path, phantoms: Path, tmp_path: Path) -> None:
     """Within one split there is no official test: folds of its patients."""
     made = run(folder, phantoms, tmp_path / "cv", "--data.split=train", method="linear", folds=2)
     rows = predictions(made)

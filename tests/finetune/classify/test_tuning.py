@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from benches import bench, images
+from ranks import on_ranks
 from vits import small
 
 from miram.engine.errors import Preempted, UserError
@@ -180,3 +181,21 @@ def test_every_method_gets_as_many_candidates(phantoms: Path, tmp_path: Path) ->
         assert list(one.values) == sorted(one.values)
     assert len(one.probing.values) == 4
     assert tuning(phantoms, tmp_path, search={"lrs": [1e-2, 1e-4]}).values == (1e-4, 1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "best", "search": {"folds": 1}}])
+@pytest.mark.parametrize("train", [{}, {"ema": 0.5}])
+def test_two_ranks_learn_and_say_what_one_does(
+    train: dict[str, Any], options: dict[str, Any], phantoms: Path, tmp_path: Path
+) -> None:
+    def work(out: Path) -> np.ndarray[Any, Any]:
+        one = tuning(phantoms, out, {"weight_decay": 0.0, **train}, method="adaptformer", **options)
+        fit, rest = images(one.bench, "train"), images(one.bench, "test")
+        tuned = one.make(fit[:16], 3e-3, out / "one", seed=1, held=fit[16:] if options else None)
+        return one.logits(tuned, rest)
+
+    alone = work(tmp_path / "alone")
+    both = on_ranks(2, lambda: work(tmp_path / "both"))
+    assert all(isinstance(found, np.ndarray) for found in both), both
+    assert np.array_equal(both[0], both[1]), "ranks say different things"
+    assert np.abs(both[0] - alone).max() < 2e-3 * np.abs(alone).max()

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from .data.config import DataSection
-from .engine.config import Section
+from ..data.config import DataSection
+from ..engine.config import Section
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
 

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from .engine.errors import UserError
-from .engine.files import read_json
-from .engine.metrics import Estimate, Floats, Ints, panel
-from .engine.run import RESULT, read_metrics
-from .finetune.classify.bootstrap import Draws, Table, cell
-from .finetune.classify.comparison import over_seeds, seed_draws
-from .finetune.classify.predictions import Predictions, read_predictions
-from .paper_config import PaperConfig
+from ..engine.errors import UserError
+from ..engine.files import read_json
+from ..engine.metrics import Estimate, Floats, Ints, panel
+from ..engine.run import RESULT, read_metrics
+from ..finetune.classify.bootstrap import Draws, Table, cell
+from ..finetune.classify.comparison import over_seeds, seed_draws
+from ..finetune.classify.predictions import Predictions, read_predictions
+from .config import PaperConfig
 
 ACCURACY = "accuracy"
 CAPTION = (
@@ -230,7 +230,7 @@ def notes(settings: PaperConfig, one: Told, failed: Mapping[str, str]) -> Iterat
         yield "These are phantoms and no patients: the figures show that the experiment runs, and nothing of CBIS-DDSM."
     yield (
         f"Task {one.result['task']}: {len(classes)} classes, {n} lesions of {patients} test patients, none of whom was "
-        f"pretrained or fine-tuned on; always answering the most frequent class is right in {majority(one):.1%}. With "
+        f"trained on here; always answering the most frequent class is right in {majority(one):.1%}. With "
         f"so many lesions an accuracy of 60 % has a 95 % interval of about +-{1.96 * (0.24 / n) ** 0.5:.1%}, if all "
         "were independent."
     )
@@ -244,7 +244,7 @@ def notes(settings: PaperConfig, one: Told, failed: Mapping[str, str]) -> Iterat
     if len(classes) == 4:
         yield (
             "Of the official CBIS-DDSM test lesions 60.8 % are benign, so 61 % right would be the trivial answer to "
-            "benign against malignant. The published figures can only be of four classes, the most frequent of which "
+            "benign against malignant. The published figures make sense for four classes, the most frequent of which "
             "makes 32.8 % there."
         )
     yield (

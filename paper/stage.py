@@ -2,7 +2,7 @@
 
     OUT/pretrain/NAME/                  a pretraining, on split `train` alone
     OUT/finetune/NAME/RECIPE/seed-0/    a fine-tuning of it, judged on the official test patients
-    OUT/result.json                     a table a recipe beside what was published (paper_table.py)
+    OUT/result.json                     a table a recipe beside what was published (table.py)
     OUT/table.csv, OUT/figures/paper.png, OUT/report.html
 
 Each of them is a run of its stage, so the same command goes on wherever it was stopped and runs nothing twice; settings
@@ -21,23 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from .data.opening import open_shards
-from .data.phantom import PhantomSettings
-from .data.phantom_cbis import make_lesions
-from .data.shards import ShardDataset
-from .engine.config import Tree, dump_yaml, load, parse_yaml
-from .engine.errors import RunFailed, UserError, one_line
-from .engine.files import write_atomic
-from .engine.launch import make_accelerator, together
-from .engine.report import write_report
-from .engine.run import Run, open_run
-from .engine.signals import StopSignals
-from .finetune.classify.config import FinetuneConfig
-from .finetune.classify.stage import finetune
-from .paper_config import PaperConfig
-from .paper_table import CAPTION, Told, content, draw, read_told, standing, table_csv
-from .pretrain.config import PretrainConfig
-from .pretrain.stage import pretrain
+from ..data.opening import open_shards
+from ..data.phantom import PhantomSettings
+from ..data.phantom_cbis import make_lesions
+from ..data.shards import ShardDataset
+from ..engine.config import Tree, dump_yaml, load, parse_yaml
+from ..engine.errors import RunFailed, UserError, one_line
+from ..engine.files import write_atomic
+from ..engine.launch import make_accelerator, together
+from ..engine.report import write_report
+from ..engine.run import Run, open_run
+from ..engine.signals import StopSignals
+from ..finetune.classify.config import FinetuneConfig
+from ..finetune.classify.stage import finetune
+from ..pretrain.config import PretrainConfig
+from ..pretrain.stage import pretrain
+from .config import PaperConfig
+from .table import CAPTION, Told, content, draw, read_told, standing, table_csv
 
 ABOUT = (
     "The experiment of Vo et al. (MIRAM, arXiv 2503.07157) from crops to a table: every pretraining of `pretrain`, and",
