@@ -25,37 +25,45 @@ REACH = 100.0  # temperatures are looked for up to so many times smaller or larg
 
 
 def probabilities(kind: Kind, logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
-    """(m, k) of (m, w) logits divided by the temperature; rows sum to 1, but of multilabel each stands alone."""
-    return np.exp(_log_probabilities(kind, logits.astype(np.float64) / temperature))
+    """(m, k) of (m, w) logits at a temperature; rows sum to 1, but of multilabel each stands alone.
+
+    The hotter, the more alike all answers become. On an ordered scale it divides the classes' own logarithms: were its
+    questions' answers divided before they are multiplied, all would sink towards the lowest class.
+    """
+    return np.exp(_log_probabilities(kind, _scores(kind, logits) / temperature))
 
 
-def _log_probabilities(kind: Kind, logits: Floats) -> Floats:
+def _scores(kind: Kind, logits: NDArray[np.floating]) -> Floats:
+    """What a temperature divides: (m, w) logits, or on an ordered scale (m, k) logarithms of class probabilities."""
+    logits = logits.astype(np.float64)
+    if kind != "ordinal":
+        return logits
+    reached = np.cumsum(np.pad(log_expit(logits), ((0, 0), (1, 0))), axis=1)
+    return np.asarray(reached + np.pad(log_expit(-logits), ((0, 0), (0, 1))))
+
+
+def _log_probabilities(kind: Kind, scores: Floats) -> Floats:
     """(m, k) logarithms, which neither overflow nor vanish."""
-    if kind == "multilabel":
-        return np.asarray(log_expit(logits))
-    if kind == "ordinal":
-        reached = np.cumsum(np.pad(log_expit(logits), ((0, 0), (1, 0))), axis=1)
-        return np.asarray(reached + np.pad(log_expit(-logits), ((0, 0), (0, 1))))
-    return np.asarray(log_softmax(logits, axis=1))
+    return np.asarray(log_expit(scores) if kind == "multilabel" else log_softmax(scores, axis=1))
 
 
-def _surprise(kind: Kind, logits: Floats, truth: Ints) -> float:
+def _surprise(kind: Kind, scores: Floats, truth: Ints) -> float:
     """Mean negative log likelihood."""
     if kind == "multilabel":
-        return float(-log_expit(np.where(truth == 1, logits, -logits)).mean())
-    return float(-_log_probabilities(kind, logits)[np.arange(len(truth)), truth].mean())
+        return float(-log_expit(np.where(truth == 1, scores, -scores)).mean())
+    return float(-_log_probabilities(kind, scores)[np.arange(len(truth)), truth].mean())
 
 
 def fit_temperature(kind: Kind, logits: NDArray[np.floating], truth: Ints) -> float:
-    """The T > 0 under which logits / T make the truth most likely (Guo et al. 2017).
+    """The T > 0 at which the truth is most likely (Guo et al. 2017).
 
     1.0 where it cannot be told: fewer than two classes, equal logits, or every case on its right side, so that the
     likelihood grows without end as T falls. Logits that say nothing or the contrary give the largest T that is looked
     for, with which probabilities are all but equal.
     """
-    logits = logits.astype(np.float64)
-    spread = logits - logits.mean(1, keepdims=True) if kind in ("binary", "multiclass") else logits
-    scale = float(np.sqrt(np.mean(spread**2))) if logits.size else 0.0
+    scores = _scores(kind, logits)
+    spread = scores if kind == "multilabel" else scores - scores.mean(1, keepdims=True)
+    scale = float(np.sqrt(np.mean(spread**2))) if scores.size else 0.0
     if scale == 0 or len(np.unique(truth)) < 2:
         return 1.0
     reach = float(np.log(REACH))  # the likelihood is concave in 1 / T: one optimum

@@ -135,10 +135,11 @@ def test_ordinal_probabilities_are_products_of_conditional_ones(temperature: flo
     for row, found in zip(logits, made, strict=True):
         passed, expected = 1.0, []
         for logit in row:
-            above = sigmoid(logit / temperature)
+            above = sigmoid(logit)
             expected.append(passed * (1 - above))
             passed *= above
-        assert found == pytest.approx([*expected, passed])
+        hot = np.array([*expected, passed]) ** (1 / temperature)
+        assert found == pytest.approx(hot / hot.sum())
 
 
 def test_ordinal_probabilities_sum_to_one_and_are_rank_consistent() -> None:
