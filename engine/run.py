@@ -164,7 +164,8 @@ def _same_config(config: Section, saved: Path) -> None:
         changes = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise UserError(
-            f"{saved.parent} was started with another configuration ({changes}{more}); choose another --out"
+            f"{saved.parent} was started with another configuration ({changes}{more}); choose another --out, or go on "
+            f"with its own, {saved}"
         )
 
 

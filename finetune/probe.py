@@ -22,11 +22,12 @@ from ..engine.config import load
 from ..engine.files import read_json, write_atomic
 from ..engine.metrics import Estimate, chance
 from ..engine.run import RESULT, Run, open_run
-from ..pretrain.weights.loading import encoder_digest, read_provenance
+from ..pretrain.weights.loading import encoder_digest
 from .config import Method, ProbeConfig
 from .figures import CAPTION, draw_probe
+from .seen import seen
 from .task import Task
-from .trial import Contestant, Probed, Trial, contestants, images_seen
+from .trial import Probed, Trial, contestants
 
 FEW_PATIENTS = 50  # below, intervals of a bootstrap over patients are too short to be left without a word
 CHOICES: Mapping[Method, str] = {
@@ -145,13 +146,13 @@ def mean_of(probed: list[Probed]) -> Estimate:
 
 def notes(trial: Trial, judged: Sequence[int]) -> list[str]:
     """How the figures were made, for the reader of the report."""
-    task, section = trial.task, trial.settings.probe
+    task, section, data = trial.task, trial.settings.probe, (trial.shards, trial.settings.data)
     first, *beside = (e for e in contestants(trial.settings) if e.role != "control")
     patients = len(np.unique(task.patients[np.isin(task.chosen, judged)]))
     few = f" With {patients} patients they are too short to be taken at their word." * (patients < FEW_PATIENTS)
     return [
-        seen(trial, "Pretraining", first, judged),
-        *(seen(trial, f"That of {e.name}", e, judged) for e in beside),
+        seen(*data, first.source, judged, name=first.name),
+        *(seen(*data, e.source, judged, f"That of {e.name}", e.name) for e in beside),
         f"Intervals: 95 %, {section.replicates} bootstrap samples of patients. They hold the trained probes fixed: the "
         f"spread over folds, seeds of probes, random encoders and pretraining seeds is not in them.{few}",
         f"Chosen on inner folds of the training patients: {', '.join(CHOICES[method] for method in section.methods)}; "
@@ -171,19 +172,6 @@ def counted(task: Task, folds: int) -> str:
         f"{of}: the share of pairs of images in the right order, counted within folds only, a fold by its number of "
         "pairs; the probes of two folds are not on one scale. A ROC curve pools the folds."
     )
-
-
-def seen(trial: Trial, whose: str, encoder: Contestant, judged: Sequence[int]) -> str:
-    """What pretraining saw of the judged images, as a sentence."""
-    if encoder.source.partition(":")[0] == "random":
-        return f"{encoder.name} had no pretraining."
-    if not read_provenance(encoder.source).get("data"):
-        return f"{whose} is not known: the encoder does not say which images it saw."
-    count = images_seen(trial, encoder.source, judged)
-    if count is None:
-        return f"{whose} used another split of the same data, so it may have seen judged images, without labels."
-    told = f"saw {count or 'none'} of the {len(judged)} judged images, without labels"
-    return f"{whose} {told}, as far as its provenance tells."
 
 
 def write_predictions(run: Run, trial: Trial, probed: list[Probed]) -> None:

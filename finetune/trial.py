@@ -16,7 +16,7 @@ from ..engine.errors import UserError
 from ..engine.metrics import Estimate, Floats, bootstrap_scores, patient_bootstrap, score
 from ..engine.seeding import stable_seed
 from ..pretrain.encoder import Encoder
-from ..pretrain.weights.loading import random_like, read_encoder, read_provenance
+from ..pretrain.weights.loading import random_like, read_encoder
 from .config import Method, ProbeConfig, ProbeSection
 from .features import Reading, cached_features
 from .probes import PROBES
@@ -155,21 +155,3 @@ def reading(section: ProbeSection, seed: int) -> Reading:
         tokens="attentive" in section.methods,
         seed=seed,
     )
-
-
-def images_seen(trial: Trial, encoder: str, judged: Sequence[int]) -> int | None:
-    """How many of the judged rows the encoder was pretrained on, by its provenance; None where that cannot be told."""
-    provenance = read_provenance(encoder)
-    known = {(data["dataset"], data["records"]) for data in provenance.get("data", [])}
-    sources = zip(trial.shards.roots, trial.shards.manifests, strict=True)
-    roots = {root for root, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
-    of = [(trial.shards.root(i), trial.shards.splits[i]) for i in judged]
-    here = [split for root, split in of if root in roots]
-    seen = provenance.get("split")
-    if seen is None or not here:
-        return len(here)
-    data = trial.settings.data
-    if (provenance.get("split_digest", ""), provenance.get("fold")) != (trial.shards.split_digest, data.fold):
-        return None
-    undivided = not any(trial.shards.every.column("split")) and not trial.shards.split_digest
-    return len(here) if undivided else sum(split == seen.partition("-")[0] for split in here)

@@ -90,6 +90,8 @@ class Search:
         seed = stable_seed(bench.settings.seed, "training", place.name) % 2**63
         pairs, inner = inner_folds(bench, fit)
         tried = [self.trial(value, pairs, place, seed) for value in values] if pairs else []
+        if not pairs:
+            bench.accelerator.print(f"miram: {place.name}: {UNDECIDED}")
         candidates = tuple(candidate for candidate, _ in tried)
         best = choose(candidates) if tried else (len(values) - 1) // 2
         held = np.concatenate([held for _, held in pairs]) if pairs else fit[:0]

@@ -13,8 +13,6 @@ kept. Else folds of patients judge the procedure, and the kept model is what the
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +38,9 @@ from ..examples import explained
 from ..features import check_channels
 from ..peft import METHODS
 from ..peft.registry import describe
+from ..seen import seen
 from ..task import Fold, outer_folds
+from .account import cost, notes, search_table
 from .bench import Approach, Bench
 from .cards import card_for
 from .config import FinetuneConfig
@@ -227,7 +227,10 @@ class Stage:
         split = bench.settings.data.split
         within = f", within split {split!r}" if split and split in bench.labelled.splits else ""
         content |= {"split": self.split_name + within, "cost": cost(found)}
-        content["notes"] = [*content["notes"], *self.notes(found)]
+        judges = [int(row) for row in bench.rows(judged.images)]
+        saw = seen(bench.shards, bench.settings.data, bench.section.encoder, judges)
+        parts = [self.labelled_part(fit, number) for number, (fit, _) in enumerate(self.splits)]
+        content["notes"] = [saw, *content["notes"], *notes(bench, approach_of(bench), parts, found)]
         write_predictions(run.folder / "predictions.csv", judged, bench.section.separator)
         write_atomic(run.folder / "search.csv", search_table(found))
         figures = run.folder / "figures"
@@ -243,53 +246,6 @@ class Stage:
         note = " The map is of the last model, which was trained on this image, too." * trained
         locked = read_model(folder)
         return explained(locked, self.bench.shards, judged, figures, section.explain, section.batch_size, note)
-
-    def notes(self, found: Sequence[Nested]) -> list[str]:
-        """How the models came about, for the reader of the report."""
-        section, labelled = self.bench.section, self.bench.labelled
-        knob, inner = approach_of(self.bench).knob, dict.fromkeys(nested.inner for nested in found)
-        parts = [self.labelled_part(fit, number) for number, (fit, _) in enumerate(self.splits)]
-        trained = [len(np.unique(labelled.patients[part])) for part in parts]
-        lines = [
-            f"Method {section.method} on {section.encoder}, input {section.input}; labels of {min(trained)} to "
-            f"{max(trained)} patients in a fold ({section.fraction:.0%} of those who are not judged in it).",
-            f"Chosen for each fold ({'; '.join(inner)}): {knob} {', '.join(f'{n.value:g}' for n in found)}, of "
-            f"{len(approach_of(self.bench).values)} candidates; temperatures "
-            f"{', '.join(f'{n.temperature:.2f}' for n in found)}. Weights are those of the {section.keep} step.",
-        ]
-        if labelled.left_out:
-            told = ", ".join(f"{name!r} ({count})" for name, count in labelled.left_out.items())
-            lines.append(f"Labels that no class takes, and their images: {told}.")
-        if len(self.splits) > 1 and section.final:
-            lines.append("RUN/model was trained on all patients by the same procedure, whose worth the folds tell.")
-        return lines
-
-
-def cost(found: Sequence[Nested]) -> dict[str, Any]:
-    """What it took: of the chosen trainings size, peak and pace, of all of them the time."""
-    chosen = [nested.trainings[-1] for nested in found]
-    every = [training for nested in found for training in nested.trainings]
-    same = {key: chosen[0][key] for key in ("trainable", "head", "adapter_bytes")}
-    pace = [training["images_per_s"] for training in chosen if "images_per_s" in training]
-    return same | {
-        "peak_memory_bytes": max(training["peak_memory_bytes"] for training in chosen),
-        "images_per_s": float(np.median(pace)) if pace else None,
-        "seconds": round(sum(training["seconds"] for training in every), 1),
-        "trainings": len(every),
-    }
-
-
-def search_table(found: Sequence[Nested]) -> str:
-    """search.csv."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["fold", "value", "chosen", "mean", "scores"])
-    for number, nested in enumerate(found):
-        for candidate in nested.candidates:
-            scores = " ".join(f"{score:.4f}" for score in candidate.scores)
-            chosen = int(candidate.value == nested.value)
-            table.writerow([number, f"{candidate.value:g}", chosen, f"{candidate.mean:.4f}", scores])
-    return buffer.getvalue()
 
 
 def say(result: Mapping[str, Any]) -> None:

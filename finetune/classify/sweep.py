@@ -166,9 +166,13 @@ def folder_of(method: str) -> str:
 def work_through(cells: Sequence[Cell], one: Callable[[FinetuneConfig], Run]) -> dict[Cell, str]:
     """Run what is not finished, one after the other; and why some could not be."""
     failed: dict[Cell, str] = {}
-    todo = [cell for cell in cells if not cell.run.finished]  # asked once, so that all ranks do the same
-    for number, cell in enumerate(todo, 1):
-        say(f"sweep: run {number} of {len(todo)}: {cell}")
+    finished = {cell: cell.run.finished for cell in cells}  # asked once, so that all ranks do the same
+    if any(finished.values()):
+        say(f"sweep: {sum(finished.values())} of {len(cells)} runs are finished")
+    for number, cell in enumerate(cells, 1):
+        if finished[cell]:
+            continue
+        say(f"sweep: run {number} of {len(cells)}: {cell}")
         try:
             one(cell.settings)
         except (UserError, RunFailed, torch.OutOfMemoryError) as error:
