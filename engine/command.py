@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import BaseModel
 
@@ -39,6 +39,11 @@ def usage(command: str, schema: type[BaseModel], about: Sequence[str] = ()) -> s
         "",
         "keys (items of lists by number, e.g. --model.scales.1.depth=4):",
     ]
+    return "\n".join([*lines, *listed(schema)])
+
+
+def listed(schema: type[BaseModel], but: str = "") -> Iterator[str]:
+    """Two lines a key: its type and default, its meaning; of all `but` one."""
     for key, kind, default, meaning in keys(schema):
-        lines += [f"  --{key}  {kind}  [{default}]", f"      {meaning}"]
-    return "\n".join(lines)
+        if key != but:
+            yield from (f"  --{key}  {kind}  [{default}]", f"      {meaning}")

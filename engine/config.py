@@ -248,7 +248,8 @@ def _explain(schema: type[BaseModel], problem: Any, source: str, overrides: Mapp
         return f"{origin} is missing; set it in the file or with --{path}=…"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     value = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-    return one_line(f"{origin}: {message}{value}")
+    example = f"; write a list, as --{path}=[{problem['input']}]" if problem["type"] == "tuple_type" else ""
+    return one_line(f"{origin}: {message}{value}{example}")
 
 
 def _key_path(schema: type[BaseModel], problem: Any) -> Key:
@@ -325,7 +326,8 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
                 if field.is_required()
                 else json.dumps(field.get_default(call_default_factory=True), default=str)
             )
-            yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+            meaning = " ".join((field.description or "").split())  # the source breaks lines as it likes
+            yield f"{prefix}{name}", _type_name(field.annotation), default, meaning
 
 
 def _type_name(annotation: Any) -> str:

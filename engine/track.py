@@ -55,6 +55,8 @@ class Meter:
         """So many items are done since the start."""
         self.done = self.start + count
         now = time.monotonic()
+        if not count:
+            return  # no rate yet, so nothing to foretell
         rate = count / max(now - self._began, 1e-9)
         self._bar.update(self._task, completed=self.done, note=f"{rate:.1f}/s")
         if not console.is_terminal and now - self._said > self.EVERY:

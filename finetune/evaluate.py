@@ -10,10 +10,9 @@ Nothing is chosen here: not by the new images, and not for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
@@ -21,29 +20,40 @@ from pydantic import NonNegativeInt, PositiveInt
 from ..data.config import DataSection
 from ..data.opening import open_shards
 from ..data.shards import ShardDataset
-from ..engine.config import Section, check, keys, override, parse_overrides
+from ..engine.command import listed
+from ..engine.config import Section, Tree, check, override, parse_overrides
 from ..engine.errors import UserError
 from ..engine.files import read_json
 from ..engine.run import RESULT, Run, open_run
 from ..pretrain.weights.loading import read_provenance
-from .change import against
+from .change import against, hashed
 from .classify.cards import ModelCard
 from .classify.config import FinetuneSection
 from .classify.figures import draw_figures
 from .classify.judged import Judged
 from .classify.judging import figures_of
 from .classify.labels import Labelled, read_labels
-from .classify.locked import Locked, read_locked, refuse_channels
+from .classify.locked import CARD, Locked, read_locked, refuse_channels
 from .classify.predictions import write_predictions
 from .classify.subgroups import check_subgroups
+from .classify.telling import say
+from .classify.units import counted
 from .examples import explained
 
+UNNAMED = ""  # a typing error in a key is to be said before that no images are named
 
-class EvaluatedData(DataSection):
+
+class EvaluatedData(Section):
     """Other images, all of them where no split is named."""
 
+    shards: str | list[str]
+    """folder or URL (http, https, s3, gs) of a data set, or a list of them"""
     split: str | None = None
     """samples of this split (of a data set that has none, all); null: all"""
+    split_file: str | None = None
+    """file of `miram data split` that says what the splits are; null: the data's own"""
+    fold: NonNegativeInt | None = None
+    """of the split file: train is all but this fold, val is this fold"""
     task: str | None = None
     """label to compare with; null: that of the model"""
 
@@ -53,7 +63,7 @@ class EvaluateConfig(Section):
 
     run: str
     """run of `miram finetune`, or its model folder"""
-    out: str
+    out: str | None = None
     """run folder; null: RUN/evaluations/NAME"""
     encoder: str | None = None
     """where the encoder now lies, if it was moved"""
@@ -61,7 +71,7 @@ class EvaluateConfig(Section):
     """of the bootstrap"""
     data: EvaluatedData
     subgroups: tuple[str, ...] = ()
-    """columns or labels to report by, beside the usual ones"""
+    """columns or labels to report by, beside the usual ones, e.g. [site, vendor]"""
     replicates: PositiveInt = 1000
     """bootstrap samples of patients behind an interval"""
     explain: NonNegativeInt = 4
@@ -72,31 +82,41 @@ class EvaluateConfig(Section):
 
 def usage() -> str:
     """What `miram evaluate --help` says."""
-    lines = ["usage: miram evaluate RUN --data.shards=OTHER [--key=value …]", "", "keys:"]
-    for key, kind, default, meaning in keys(EvaluateConfig):
-        if key != "run":
-            lines += [f"  --{key}  {kind}  [{'null' if key == 'out' else default}]", f"      {meaning}"]
-    return "\n".join(lines)
+    head = ["usage: miram evaluate RUN --data.shards=OTHER [--key=value …]", "", "keys:"]
+    return "\n".join([*head, *listed(EvaluateConfig, but="run")])
 
 
 def configured(run: str, arguments: Sequence[str]) -> EvaluateConfig:
-    """The settings that a command line makes.
+    """The settings that a command line makes, the folder among them.
 
     Raises:
-        UserError: a key or value is none.
+        UserError: a key or value is none, no images are named, or there is no run to keep the evaluation with.
     """
-    overrides, tree = parse_overrides(arguments), {"run": run}
-    if ("data", "shards") not in overrides and not any(key[0] not in EvaluateConfig.model_fields for key in overrides):
-        raise UserError(f"name the images to judge: miram evaluate {run} --data.shards=OTHER")
+    place, overrides = run_of(Path(run)), parse_overrides(arguments)
+    tree: Tree = {"run": str(place), "data": {"shards": UNNAMED}}
+    if ("run",) in overrides:
+        raise UserError(f"--run: the run is named first, as in miram evaluate {overrides['run',]} --data.shards=OTHER")
     for key, value in overrides.items():
         override(tree, key, value)
-    if tree.get("out") is None:
-        settings = check(EvaluateConfig, tree | {"out": ""}, "miram evaluate", overrides)
-        tree["out"] = str(Path(run) / "evaluations" / name_of(settings.data))
-    return check(EvaluateConfig, tree, "miram evaluate", overrides)
+    settings = check(EvaluateConfig, tree, "miram evaluate", overrides)
+    if settings.data.shards == UNNAMED:
+        raise UserError(f"name the images to judge: miram evaluate {run} --data.shards=OTHER")
+    if settings.out is not None:
+        return settings
+    if (place / CARD).is_file():
+        raise UserError(
+            f"{run} is a model's folder without its run: name a folder for the evaluation with --out=FOLDER"
+        )
+    return settings.model_copy(update={"out": str(place / "evaluations" / name_of(settings.data))})
 
 
-def name_of(data: DataSection) -> str:
+def run_of(named: Path) -> Path:
+    """The run whose model a user named, or what else was named."""
+    inside = named.name == "model" and (named / CARD).is_file() and (named.parent / "config.yaml").is_file()
+    return named.parent if inside else named
+
+
+def name_of(data: EvaluatedData) -> str:
     """What the folder of an evaluation is called: data sets, split and task."""
     sets = [data.shards] if isinstance(data.shards, str) else data.shards
     names = [place.rstrip("/").rpartition("/")[2] or "data" for place in sets]
@@ -112,11 +132,12 @@ def evaluate(run: str, arguments: Sequence[str] = ()) -> Run:
     """
     settings = configured(run, arguments)
     locked = read_locked(settings.run, settings.encoder)
-    shards = open_shards(settings.data)
+    shards = open_shards(DataSection(**settings.data.model_dump()))
     refuse_channels(locked.card, shards)
-    check_subgroups(shards.rows, settings.subgroups)
+    check_subgroups(shards.rows, settings.subgroups, "subgroups")
     labelled = labels_for(locked.card, shards, settings.data.task)
     refuse_known(locked.card, shards, labelled)
+    assert settings.out is not None
     place = open_run(settings, settings.out, "evaluate", shards.inputs | {"model": locked.digest})
     if place.finished:
         print(f"{place.folder} is finished; nothing to do")
@@ -133,13 +154,15 @@ def evaluate(run: str, arguments: Sequence[str] = ()) -> Run:
 def labels_for(card: ModelCard, shards: ShardDataset, task: str | None) -> Labelled:
     """The images that the model's classes take; labels it does not know are left out and counted.
 
+    Whatever label is taken for its truth, what the model predicts has the name that it was trained under.
+
     Raises:
         UserError: there is no such label, or none of its images is of a class of the model.
     """
-    target = card.target
-    return read_labels(
-        shards, task or target.name, target.kind, target.labels or target.classes, target.separator, complete=False
-    )
+    told = card.target
+    name, classes = task or told.name, told.labels or told.classes
+    found = read_labels(shards, name, told.kind, classes, told.separator, complete=False)
+    return replace(found, target=told.target)
 
 
 def refuse_known(card: ModelCard, shards: ShardDataset, labelled: Labelled) -> None:
@@ -148,14 +171,14 @@ def refuse_known(card: ModelCard, shards: ShardDataset, labelled: Labelled) -> N
     Raises:
         UserError: how many there are, and where.
     """
-    known = np.isin([patient.rpartition("/")[2] for patient in labelled.patients.tolist()], card.trained_on.of)
+    known = np.isin(hashed(labelled.patients), card.trained_on.of)
     if not known.any():
         return
-    patients = len(np.unique(labelled.patients[known])), len(np.unique(labelled.patients))
+    patients = len(np.unique(labelled.patients[known])), counted(len(np.unique(labelled.patients)), "patient")
     same = {tuple(pair) for pair in card.trained_on.records} & records_of(shards)
     what = "the data set it was trained on" if same else "data that shares patients with its training"
     raise UserError(
-        f"{', '.join(shards.roots)}: the model was trained on {patients[0]} of the {patients[1]} patients, so these "
+        f"{', '.join(shards.roots)}: the model was trained on {patients[0]} of the {patients[1]}, so these "
         f"figures would be no test; this is {what}: name another set, or a split of it that was not used, as "
         "--data.split=test"
     )
@@ -181,7 +204,7 @@ def write(place: Run, locked: Locked, shards: ShardDataset, labelled: Labelled, 
         thresholds={0: card.thresholds},
     )
     section = section_of(card, settings)
-    content = figures_of(judged, shards.rows, section, settings.seed)
+    content = figures_of(judged, shards.rows, section, settings.seed, settings.data.task)
     differences, tables, told = against(Path(settings.run), card, judged, content, section, settings.seed)
     content["differences"] = differences
     content["tables"] = [*content["tables"][:1], *tables]
@@ -206,11 +229,13 @@ def notes(locked: Locked, shards: ShardDataset, labelled: Labelled, settings: Ev
     """What was judged by what."""
     card = locked.card
     lines = [
-        f"Model {locked.digest[:16]}, trained on {card.trained_on.images} images of {card.trained_on.patients} "
-        f"patients, with its temperature ({card.temperature:.3g}) and thresholds as they were locked. None of these "
+        f"Model {locked.digest[:16]}, trained on {counted(card.trained_on.images, 'image')} of "
+        f"{counted(card.trained_on.patients, 'patient')}, with its temperature ({card.temperature:.3g}) and thresholds as they were locked. None of these "
         "patients is among its own, as far as hashed ids tell: a patient under another key or data set's name has "
         "other ids."
     ]
+    if settings.data.task not in (None, card.target.name):
+        lines.append(f"The label {settings.data.task!r} of these images was taken as {card.target.name!r}.")
     if labelled.left_out:
         told = ", ".join(f"{name!r} ({count})" for name, count in labelled.left_out.items())
         lines.append(f"Labels that no class of the model takes, and their images: {told}.")
@@ -221,14 +246,3 @@ def notes(locked: Locked, shards: ShardDataset, labelled: Labelled, settings: Ev
     if any(True for _ in differing):
         lines.append("These images were ingested with other settings than those of the training (manifest.json).")
     return lines
-
-
-def say(result: Mapping[str, Any]) -> None:
-    """The figures as a few lines."""
-    print(f"{result['metric']} of {result['task']}, {result['n_images']} images of {result['n_patients']} patients:")
-    told = [*result["rows"], *result["differences"]]
-    width = max(len(row["name"]) for row in told) + 2
-    for row in told:
-        interval = "" if row["interval"] is None else "  [{:.3f}, {:.3f}]".format(*row["interval"])
-        value = "-" if row["value"] is None else f"{row['value']:.3f}"
-        print(f"  {row['name']:<{width}}{value}{interval}")

@@ -21,17 +21,11 @@ def explained(
     captions = {}
     for number, image in enumerate(surest(judged)[:count], 1):
         name, row = f"explained-{number}.png", int(judged.labelled.rows[image])
-        said = explain(locked, shards, row, folder / name, str(judged.labelled.keys[image]), None, batch_size)
-        captions[name] = f"{said} Its label: {label_of(judged, int(image)) or 'none'}.{note}"
+        key, rows = str(judged.labelled.keys[image]), judged.labelled.rows
+        said = explain(locked, shards, row, folder / name, key, None, batch_size, rows)
+        label = judged.labelled.target.named(judged.labelled.truth[image], locked.card.target.separator)
+        captions[name] = f"{said} Its label: {label or 'none'}.{note}"
     return captions
-
-
-def label_of(judged: Judged, image: int) -> str:
-    """The true class of a labelled image, or its labels."""
-    target, truth = judged.labelled.target, judged.labelled.truth[image]
-    if target.kind != "multilabel":
-        return target.classes[int(truth)]
-    return ", ".join(name for name, there in zip(target.classes, truth, strict=True) if there)
 
 
 def surest(judged: Judged) -> Ints:

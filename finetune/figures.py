@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from ..engine.metrics import chance
+from .style import ACCENT, BESIDE, FAINT, PALE, save, wrapped
 from .task import Task
 from .trial import Contestant, Probed
 
@@ -19,8 +20,6 @@ CAPTION = (
     "images within folds only. Right: an encoder's figure over all of them as a bar, its "
     "95 % interval as a line, a dot for every fold; dotted, what the majority class scores."
 )
-ACCENT, PALE, FAINT = "#2f6f9f", "#9aa5b1", "#d0d5da"
-BESIDE = ("#c8561b", "#5a5fc0", "#4d8032", "#a83279", "#a3790a")
 
 
 def draw_probe(path: Path, task: Task, probed: Sequence[Probed]) -> None:
@@ -34,7 +33,7 @@ def draw_probe(path: Path, task: Task, probed: Sequence[Probed]) -> None:
     else:
         draw_confusion(left, task, headline[0])
     draw_folds(right, task, probed)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
 
 
 def colours(probed: Sequence[Probed]) -> dict[Contestant, str]:
@@ -47,13 +46,15 @@ def colours(probed: Sequence[Probed]) -> dict[Contestant, str]:
 def draw_roc(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
     """One curve an encoder, all folds pooled; random weights share a line of the legend."""
     colour, controls = colours(probed), [p for p in probed if p.encoder.role == "control"]
-    for p in reversed(probed):
+    drawn = [p for p in probed if len(np.unique(task.truth[p.judgement.images])) == 2]  # no curve of a single class
+    for p in reversed(drawn):
         fpr, tpr, _ = roc_curve(task.truth[p.judgement.images], p.judgement.probabilities[:, 1])
         name = "random weights" if p in controls[:1] else "" if p in controls else p.encoder.name
         width = 2 if p.encoder.role == "first" else 1
         axis.plot(fpr, tpr, color=colour[p.encoder], linewidth=width, label=name or None)
     axis.plot([0, 1], [0, 1], color=FAINT, linestyle=":")
-    axis.set(xlabel="1 - specificity", ylabel=f"sensitivity for {task.name} = {task.classes[1]}", aspect="equal")
+    of = wrapped(f"sensitivity for {task.name} = {task.classes[1]}", 44)
+    axis.set(xlabel="1 - specificity", ylabel=of, aspect="equal")
     folds = len(np.unique(probed[0].judgement.fold))
     axis.set_title(probed[0].method + f", {folds} folds pooled" * (folds > 1), fontsize=9)
     handles, labels = axis.get_legend_handles_labels()
@@ -64,7 +65,7 @@ def draw_confusion(axis: Axes, task: Task, probed: Probed) -> None:
     """Rows: truth; columns: the most probable class; shares of the row."""
     judgement, ticks = probed.judgement, range(len(task.classes))
     counts = confusion_matrix(task.truth[judgement.images], judgement.probabilities.argmax(1), labels=ticks)
-    shares = counts / counts.sum(1, keepdims=True)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
         colour = "white" if share > 0.55 else "black"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,10 +31,10 @@ from ..data.shards import ShardDataset
 from ..data.sources.folder import NOBODY, header_row, range_note, record
 from ..data.store.local import is_remote
 from ..engine.errors import UserError
-from .classify.cards import ModelCard
+from .classify.cards import ModelCard, other_settings, pixel_settings
 
 DATASET = "films"
-KNOWN_ADVICE = re.compile(r";[^;]*--(?!any-modality|burned-in|for-processing)[a-z].*$")  # of `data ingest`, not of here
+ELSEWHERE = re.compile(r";[^;]*--(?!any-modality|burned-in|for-processing|spacing)[a-z].*$")  # advice on ingest alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Taking:
     bits: int | None = None
     """that hold the pixels of 16-bit pictures, where it is fewer"""
     spacing_mm: float | None = None
-    """millimetres a pixel of pictures"""
+    """millimetres a pixel of pictures, and of DICOM files whose header has none"""
     any_modality: bool = False
     for_processing: bool = False
     burned_in: bool = False
@@ -104,7 +104,7 @@ def taken(
         archive, secret, out = archive_of(files, card, taking), secrets.token_bytes(32), Path(folder) / DATASET
         size = Size(spacing_mm=settings(card).get("spacing_mm"), max_size=settings(card).get("max_size"))
         outcome = ingest(archive, out, secret, workers, size=size, part=(1, 1))  # a part may be without a sample
-        left_out = {name: KNOWN_ADVICE.sub("", reason) for name, reason in outcome.skipped.items()}
+        left_out = {name: ELSEWHERE.sub("", reason) for name, reason in outcome.skipped.items()}
         if outcome.samples:
             of = {sample_key(record, DATASET, secret): record for record in archive.records}
             shards = ShardDataset(out)
@@ -153,7 +153,7 @@ def settings(card: ModelCard) -> dict[str, Any]:
 def archive_of(files: Sequence[Path], card: ModelCard, taking: Taking) -> Archive:
     """The files as an archive, to be ingested as the training data was; says on the screen what may be amiss."""
     how, channels = settings(card), card.base.channels
-    if len(card.preprocessing) > 1:
+    if any(pixel_settings(other) != pixel_settings(how) for other in card.preprocessing):
         say("the model was trained on data sets that were ingested differently; films are treated as the first one's")
     if how.get("level") == "roi":
         say(
@@ -165,28 +165,51 @@ def archive_of(files: Sequence[Path], card: ModelCard, taking: Taking) -> Archiv
     known = {name: value for name, value in how.get("dicom", {}).items() if name in DicomOptions.__dataclass_fields__}
     extra = {name: True for name in ("any_modality", "for_processing", "burned_in") if getattr(taking, name)}
     options = SourceOptions(channels=wide, dicom=DicomOptions(**{**known, **extra}))
+    measured = card.input == "tiles" or how.get("spacing_mm") is not None
     for note in range_note(files) if taking.bits is None else ():
         say(note.replace("say so with a column `bits`", "say so with --bits").replace(" in the label file", ""))
     return Archive(
         dataset=DATASET,
         licence="the user's own",
-        records=[record_of(file, taking, options) for file in files],
+        records=[record_of(file, taking, options, measured) for file in files],
         breast=bool(how.get("breast", False)) and how.get("level") != "roi",
         quarantine=not (how.get("burned_in", True) or taking.burned_in),
         channels=channels,
     )
 
 
-def record_of(file: Path, taking: Taking, options: SourceOptions) -> Record:
-    """A file's record: of a DICOM file, patient, side and view are what its header says."""
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read, with the user's spacing where it has none itself; can be pickled."""
+
+    read: Callable[[], Film]
+    spacing_mm: float | None
+    measured: bool  # whether the model wants a spacing
+
+    def __call__(self) -> Film:
+        """The film.
+
+        Raises:
+            UnreadableImage: it cannot be used, or nobody says its spacing and the model wants one.
+        """
+        film = self.read()
+        spacing = film.spacing_mm or self.spacing_mm
+        if self.measured and spacing is None:
+            raise UnreadableImage("its spacing is unknown, and the model wants one; say it with --spacing")
+        return replace(film, spacing_mm=spacing)
+
+
+def record_of(file: Path, taking: Taking, options: SourceOptions, measured: bool) -> Record:
+    """A file's record: of a DICOM file, patient, side, view and spacing are what its header says."""
     path = file.absolute()
     if path.suffix.lower() in SUFFIXES:
-        row = {"spacing_mm": str(taking.spacing_mm or ""), "bits": bits_of(path, taking.bits)}
+        row = {"bits": bits_of(path, taking.bits)}
     else:
         row = header_row(path)
         if NOBODY.fullmatch(row.get("patient", "")):
             del row["patient"]
-    return replace(record(Path(path.anchor), path, row, (), options), name=str(file))
+    found = record(Path(path.anchor), path, row, (), options)
+    return replace(found, name=str(file), read=Reading(found.read, taking.spacing_mm, measured))
 
 
 def bits_of(path: Path, bits: int | None) -> str:
@@ -200,11 +223,8 @@ def bits_of(path: Path, bits: int | None) -> str:
 def warn_of_other_settings(card: ModelCard, shards: ShardDataset) -> None:
     """Say where a data set was made of films in another way than the training data."""
     for root, manifest in zip(shards.roots, shards.manifests, strict=True):
-        here = manifest.get("preprocessing", {})
-        for name in ("breast", "spacing_mm", "max_size", "level"):
-            trained = sorted({str(how.get(name)) for how in card.preprocessing})
-            if trained and str(here.get(name)) not in trained:
-                say(f"{root}: ingested with {name} {here.get(name)}, the training data with {' or '.join(trained)}")
+        if told := other_settings(card, manifest):
+            say(f"{root}: {told}")
 
 
 def say(note: str) -> None:

@@ -17,7 +17,6 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,9 +26,13 @@ from ..engine.errors import RunFailed, UserError
 from ..engine.files import json_text, make_folder, write_atomic
 from ..engine.metrics import Floats, Ints
 from .classify.locked import Locked, read_locked, unlabelled
+from .classify.mil import MilModel
+from .classify.tiles import fault_of
 from .classify.units import cases
-from .explain import decision, explain
-from .films import Images, Taking, taken
+from .explain import explain
+from .films import Images, Taking, say, taken
+from .pictures import claim, names_for
+from .said import decision
 
 PREDICTIONS = "miram.predictions/1"
 
@@ -40,7 +43,7 @@ class Predicted:
 
     images: Images
     rows: Ints  # (n,) those that could be judged
-    probabilities: Floats  # (n, k)
+    probabilities: Floats = field(default_factory=lambda: np.zeros((0, 0)))  # (n, k), once they are judged
     pictures: list[str] = field(default_factory=list)
 
     @property
@@ -64,58 +67,68 @@ def predict(
         run: of `miram finetune`.
         images: DICOM files or pictures, folders of them, data sets.
         out: file to write, .csv or .json; None: print.
-        pictures: folder for pictures of what the decisions rest on.
+        pictures: folder for pictures of what the decisions rest on (pictures.py).
         encoder: where the encoder now lies.
         batch_size: frames judged at once.
         taking: what of the files is taken, and what they do not say themselves.
 
     Raises:
-        UserError: the run has no sound model, an image is not there, or `out` is no CSV or JSON.
+        UserError: the run has no sound model, an image is not there, `out` is no CSV or JSON, or a picture would
+            replace something else.
         RunFailed: none of the images could be used.
     """
     if out is not None and out.suffix not in (".csv", ".json"):
         raise UserError(f"--out {out} must end in .csv or .json")
     locked = read_locked(run, encoder)
     with taken(images, locked.card, taking) as (found, left_out):
-        judged = [judge(locked, some, left_out, batch_size) for some in found]
+        usable = [Predicted(some, rows) for some in found if len(rows := usable_rows(locked, some, left_out))]
         for name, reason in left_out.items():
-            print(f"miram: left out {name}: {reason}", file=sys.stderr)
-        judged = [some for some in judged if len(some.rows)]
-        if not judged:
+            say(f"left out {name}: {reason}")
+        if not usable:
             raise RunFailed(f"none of the {len(left_out)} images could be used; each is listed above with its reason")
         if pictures is not None:
-            draw_all(locked, judged, pictures, batch_size)
-        text = csv_of(locked, judged) if out is None or out.suffix == ".csv" else json_of(locked, judged, left_out)
+            name_pictures(locked, usable, pictures)
+        for some in usable:
+            judge(locked, some, batch_size)
+        write(locked, usable, left_out, out)  # before pictures, which may fail
+        if pictures is not None:
+            draw_all(locked, usable, pictures, batch_size)
+
+
+def usable_rows(locked: Locked, images: Images, left_out: dict[str, str]) -> Ints:
+    """The images that the model can read; those without the resolution that its tiles need are added to `left_out`."""
+    if locked.card.input != "tiles":
+        return np.arange(len(images.shards))
+    section, usable = locked.tiling(images.shards), []
+    for row, (name, value) in enumerate(zip(images.names, images.shards.rows.column("spacing_mm"), strict=True)):
+        if fault := fault_of(value, section):
+            left_out[name] = f"{fault}; ingest it again with its spacing" if not (value or images.records) else fault
+        else:
+            usable.append(row)
+    return np.array(usable, np.int64)
+
+
+def judge(locked: Locked, some: Predicted, batch_size: int) -> None:
+    """Fill in the probabilities; says on the screen where films are not known to be of one breast."""
+    if isinstance(locked.model, MilModel) and locked.model.bag == "breast":
+        sides, patients = some.images.shards.rows.take(some.rows).column("laterality"), some.images.patients[some.rows]
+        if lonely := int((~((np.array(sides) != "") & (patients != ""))).sum()):
+            say(
+                f"{lonely} of {len(some.rows)} images do not say whose breast they show, so each is judged alone; the "
+                "model was trained to read all images of a breast together"
+            )
+    some.probabilities = locked.probabilities(some.images.shards, some.rows, batch_size)
+
+
+def write(locked: Locked, judged: Sequence[Predicted], left_out: dict[str, str], out: Path | None) -> None:
+    """Print a CSV, or write a file."""
+    text = json_of(locked, judged, left_out) if out and out.suffix == ".json" else csv_of(locked, judged)
     if out is None:
-        print(text, end="")
-    else:
-        make_folder(out.parent)
-        write_atomic(out, text)
-        print(f"wrote {out}: {sum(len(some.rows) for some in judged)} images", file=sys.stderr)
-
-
-def judge(locked: Locked, images: Images, left_out: dict[str, str], batch_size: int) -> Predicted:
-    """The probabilities of images; what has not the resolution that tiles need is added to what is left out."""
-    rows = np.arange(len(images.shards))
-    if locked.card.input == "tiles" and images.records:
-        faults = {row: fault for row in rows.tolist() if (fault := tiles_fault(locked, images, row))}
-        left_out |= {images.names[row]: fault for row, fault in faults.items()}
-        rows = np.array([row for row in rows.tolist() if row not in faults], np.int64)
-    if not len(rows):
-        return Predicted(images, rows, np.zeros((0, len(locked.target.classes))))
-    return Predicted(images, rows, locked.probabilities(images.shards, rows, batch_size))
-
-
-def tiles_fault(locked: Locked, images: Images, row: int) -> str:
-    """Why tiles of the model's resolution cannot be cut from an image; nothing where they can."""
-    said, wanted = images.shards.rows[row]["spacing_mm"], locked.card.tiles
-    spacing = float(said) if said else wanted.spacing_mm
-    if spacing is None:
-        return "its spacing is unknown, and the model reads it at a stated resolution; say it with --spacing"
-    too_coarse = wanted.mm_per_pixel < 0.99 * spacing
-    return (
-        f"it has {spacing:g} mm a pixel, coarser than the {wanted.mm_per_pixel:g} mm that the model reads" * too_coarse
-    )
+        print(text, end="", flush=True)
+        return
+    make_folder(out.parent)
+    write_atomic(out, text)
+    print(f"wrote {out}: {sum(len(some.rows) for some in judged)} images", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -214,16 +227,24 @@ def shares(locked: Locked, probabilities: Floats) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def draw_all(locked: Locked, judged: Sequence[Predicted], folder: Path, batch_size: int) -> None:
-    """A picture an image, named after its file; of equal names the later ones are numbered."""
-    make_folder(folder)
-    used: set[str] = set()
+def name_pictures(locked: Locked, judged: Sequence[Predicted], folder: Path) -> None:
+    """Give each image its picture's name, before hours are spent.
+
+    Raises:
+        UserError: a picture would replace what is no picture of it.
+    """
+    names = names_for([name for some in judged for name in some.names])
+    free = iter(names)
     for some in judged:
-        for row, name in zip(some.rows.tolist(), some.names, strict=True):
-            file = Path(name).name
-            stem = file.removesuffix(Path(name).suffix)
-            free = (f"{stem}{end}.png" for end in chain([""], (f"-{n}" for n in count(2))))
-            picture = next(one for one in free if one not in used)
-            used.add(picture)
-            explain(locked, some.images.shards, row, folder / picture, file, some.images.film(row), batch_size)
-            some.pictures.append(picture)
+        some.pictures = [next(free) for _ in some.rows]
+    files = dict(zip(names, (name for some in judged for name in some.names), strict=True))
+    inputs = (Path(name) for some in judged if some.images.records for name in some.images.names)
+    claim(folder, files, locked.digest, inputs)
+
+
+def draw_all(locked: Locked, judged: Sequence[Predicted], folder: Path, batch_size: int) -> None:
+    """A picture an image."""
+    for some in judged:
+        for row, name, picture in zip(some.rows.tolist(), some.names, some.pictures, strict=True):
+            shards, film = some.images.shards, some.images.film(row)
+            explain(locked, shards, row, folder / picture, Path(name).name, film, batch_size, rows=some.rows)

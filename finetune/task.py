@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,10 +95,11 @@ def check_official(task: Task, train: Ints, test: Ints) -> None:
     Raises:
         UserError: a patient is on both sides, or a class is missing from one.
     """
-    for name, side in (("train", train), ("val", np.flatnonzero(task.splits == "val"))):
-        if both := len(np.intersect1d(task.patients[side], task.patients[test])):
+    sides = {"train": train, "val": np.flatnonzero(task.splits == "val"), "test": test}
+    for first, second in combinations(sides, 2):
+        if both := len(np.intersect1d(task.patients[sides[first]], task.patients[sides[second]])):
             raise UserError(
-                f"data.task={task.name}: {both} patients are in both {name} and test; correct the split column"
+                f"data.task={task.name}: {both} patients are in both {first} and {second}; correct the split column"
             )
     for name, side in (("train", train), ("test", test)):
         missing = [c for k, c in enumerate(task.classes) if k not in task.truth[side]]

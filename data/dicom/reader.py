@@ -172,6 +172,8 @@ def _refusals(header: Dataset, options: DicomOptions) -> Iterator[tuple[bool, st
     kind = [str(value).strip().upper() for value in _several(header, "ImageType")]
     intent, sop = _presentation(header), text(header, "SOPClassUID")
     film = options.any_modality
+    nothing = not {"SOPClassUID", "Modality", "Rows"} & set(header.dir())
+    yield nothing, "its header says nothing of an image, so it is damaged or no DICOM file; get it again"
     yield not film and text(header, "Modality") != "MG", "its modality is not MG; --any-modality takes it"
     yield sop in TOMOSYNTHESIS, "it is of a tomosynthesis"
     yield any(value != 1 for value in numbers(header, "NumberOfFrames")), "it has several frames"

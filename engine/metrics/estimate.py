@@ -35,8 +35,8 @@ class Estimate:
     def of(cls, value: float, samples: Floats) -> Estimate:
         """From the figure itself and its (R,) bootstrap samples.
 
-        Samples in which it cannot be computed are left out; where they are half of all or more, or where the figure
-        itself cannot be computed, the interval is nan.
+        Samples in which it cannot be computed are left out; where they are half of all or more, where there is no
+        sample, or where the figure itself cannot be computed, the interval is nan.
         """
         known = samples[~np.isnan(samples)]
         if np.isnan(value) or 2 * len(known) <= len(samples):

@@ -32,15 +32,15 @@ def notes(bench: Bench, approach: Approach[Any], parts: Sequence[Ints], found: S
     share = "all" if section.fraction == 1 else f"{100 * section.fraction:.3g} %"
     values = ", ".join(f"{nested.value:g}" for nested in found)
     yield (
-        f"Method {section.method} on {Path(section.encoder).name}, input {section.input}; trained on labels of {many} patients, "
-        f"{share} of those who are not judged by the same model."
+        f"Method {section.method} on {Path(section.encoder).name}, input {section.input}; trained on labels of {many} "
+        f"patients, {share} of those who are not judged by the same model."
     )
     yield (
         f"Chosen by {'; '.join(dict.fromkeys(nested.inner for nested in found))}: {approach.knob} {values}, of "
         f"{len(approach.values)} candidates each; temperatures {', '.join(f'{n.temperature:.2f}' for n in found)}."
     )
     if any(nested.inner == UNDECIDED for nested in found):
-        yield "Where there were too few patients to choose, no temperature or threshold was, whatever the other notes say."
+        yield "With too few patients to choose, no temperature or threshold was chosen, whatever the other notes say."
     if any(nested.temperature > HOT for nested in found):
         yield f"A temperature beyond {HOT:g} says that the model is far too sure, or tells hardly anything apart."
     if labelled.left_out:

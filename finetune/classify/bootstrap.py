@@ -51,6 +51,11 @@ class Draws:
             weights = patient_bootstrap(np.zeros_like(first), patients[first], replicates, seed)
         return cls(names, weights[:, np.unique(number[first], return_index=True)[1]].astype(np.int16))
 
+    def differ(self, patients: NDArray[np.str_]) -> bool:
+        """Whether samples of (m,) cases differ: of one patient, or of one for each class, all are the same."""
+        number = np.searchsorted(self.patients, np.unique(patients))
+        return len(number) > 1 and bool((self.times[:, number] != self.times[0, number]).any())
+
     def weights(self, patients: NDArray[np.str_]) -> Iterator[Floats]:
         """How often each of (m,) cases occurs, a few samples at a time."""
         number = np.searchsorted(self.patients, patients)
@@ -60,11 +65,12 @@ class Draws:
 
 
 def estimated(figures: Figures, patients: NDArray[np.str_], draws: Draws) -> dict[str, Estimate]:
-    """Every figure of (m,) cases with its interval; nan where there is none."""
+    """Every figure of (m,) cases with its interval; nan where there is none, as of a single patient."""
     values = figures(np.ones((1, len(patients))))
     drawn = [figures(weights) for weights in draws.weights(patients)]
     samples = {name: np.concatenate([part[name] for part in drawn]) for name in values}
-    return {name: Estimate.of(float(value[0]), samples[name]) for name, value in values.items()}
+    told = None if draws.differ(patients) else 0
+    return {name: Estimate.of(float(value[0]), samples[name][:told]) for name, value in values.items()}
 
 
 def delong_within(of: Cases) -> Estimate:

@@ -18,6 +18,9 @@ from .config import FinetuneSection, Input, Level, ReadoutSection, TilesSection
 from .labels import Labelled
 from .targets import Target
 
+PIXELS = {"breast": None, "spacing_mm": None, "max_size": None, "level": "image", "margin": 0.0}  # where not said
+DICOM_PIXELS = {"voi": "auto", "voi_index": 0}
+
 
 class TargetCard(Section):
     """What is predicted, and how labels became classes."""
@@ -74,6 +77,12 @@ class ModelCard(Section):
         """Of pixels, as it was in training, whatever the encoder's own file says today."""
         return Normalisation(self.mean, self.std)
 
+    def stated_spacing(self, shards: ShardDataset) -> float | None:
+        """Millimetres a pixel that were said of the training data, if these are that data; nothing of others."""
+        names = {(manifest["dataset"], manifest["records"]) for manifest in shards.manifests}
+        same = names <= set(self.trained_on.records) and not any(other_settings(self, m) for m in shards.manifests)
+        return self.tiles.spacing_mm if same else None
+
     def own_digest(self) -> str:
         """sha256 of everything else in the card."""
         content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
@@ -127,6 +136,30 @@ def preprocessing_of(shards: ShardDataset) -> tuple[dict[str, Any], ...]:
         if (how := manifest.get("preprocessing", {})) not in found:
             found.append(how)
     return tuple(found)
+
+
+def pixel_settings(how: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes the pixels among a manifest's `preprocessing`; nothing where it does not say how it was made."""
+    if not how:
+        return {}
+    dicom = how.get("dicom", {})
+    return {name: how.get(name, usual) for name, usual in PIXELS.items()} | {
+        f"dicom.{name}": dicom.get(name, usual) for name, usual in DICOM_PIXELS.items()
+    }
+
+
+def other_settings(card: ModelCard, manifest: Mapping[str, Any]) -> str:
+    """How films became other pixels than those of the model's training, in words; nothing where they did not."""
+    here, trained = pixel_settings(manifest.get("preprocessing", {})), list(map(pixel_settings, card.preprocessing))
+    if here in trained:
+        return ""
+    known = [how for how in trained if how]
+    if not here or not known:
+        return "it is not said how " + ("the training data was ingested" if here else "it was ingested")
+    nearest = min(known, key=lambda how: sum(here[name] != how[name] for name in here))
+    odd = [name for name in here if here[name] != nearest[name]]
+    told, meant = (", ".join(f"{name} {how[name]}" for name in odd) for how in (here, nearest))
+    return f"ingested with {told}; the training data with {meant}"
 
 
 def trained_on(labelled: Labelled, fit: Ints, shards: ShardDataset) -> TrainedOn:

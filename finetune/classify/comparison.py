@@ -23,9 +23,7 @@ from ...engine.run import RESULT
 from ...engine.seeding import generator
 from .bootstrap import Draws
 from .config import ReadoutSection
-from .labels import Labelled
 from .predictions import read_predictions
-from .targets import Target
 from .units import Cases, cases
 
 
@@ -73,8 +71,8 @@ class Told:
         return np.concatenate([bootstrap_scores(*judged, weights, self.groups) for weights in parts])
 
 
-def read_run(folder: Path, readout: ReadoutSection) -> Told:
-    """A finished run's figures and predictions.
+def read_run(folder: Path, readout: ReadoutSection, separator: str = "|") -> Told:
+    """A finished run's figures and predictions; `separator` is that of several labels of an image.
 
     Raises:
         UserError: a file is missing, damaged, or says nothing of what is judged.
@@ -82,11 +80,8 @@ def read_run(folder: Path, readout: ReadoutSection) -> Told:
     result, said = read_json(folder / "result.json", RESULT), read_predictions(folder / "predictions.csv")
     if missing := [key for key in ("kind", "level", "metric") if key not in result]:
         raise UserError(f"{folder / 'result.json'} does not say {missing[0]!r}; was it made by another version?")
-    target = Target(str(result.get("task", "")), result["kind"], said.classes)
-    everything, none = np.arange(len(said.keys)), np.full(len(said.keys), "")
-    truth = said.coded(said.truth, target.kind)
-    labelled = Labelled(target, everything, truth, said.patients, said.breasts, said.keys, none, {})
-    return Told(cases(labelled, everything, said.probabilities, said.fold, result["level"], readout), result)
+    labelled = said.labelled(str(result.get("task", "")), result["kind"], separator)
+    return Told(cases(labelled, labelled.rows, said.probabilities, said.fold, result["level"], readout), result)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class TilesSection(Section):
     """of the attention"""
     dropout: float = Field(default=0.25, ge=0, lt=1)
     """of the features while training"""
-    steps: PositiveInt = 300
+    steps: PositiveInt = 1000
     """of training, a batch of bags each"""
     batch_size: PositiveInt = 16
     """bags a step"""

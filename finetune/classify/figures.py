@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +17,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_curve
 
 from ...engine.metrics import Floats, Ints, Kind, ranking
 from ...engine.metrics.calibration import BINS
-from ..figures import ACCENT, BESIDE, FAINT, PALE
+from ..style import ACCENT, BESIDE, FAINT, PALE, save, wrapped
 from .bootstrap import Draws
 from .config import FinetuneSection
 from .judged import Judged
@@ -28,6 +27,7 @@ Draw = Callable[[Path, Judged, FinetuneSection, int], str]
 GRID = np.linspace(0, 1, 501)
 DRAWN = 400  # bootstrap samples of patients behind a band
 COLOURS = (ACCENT, *BESIDE)  # labels beyond have no curve
+AXIS, LEGEND = 52, 36  # characters along an axis, and of a line of a legend
 
 
 def draw_figures(folder: Path, judged: Judged, section: FinetuneSection, seed: int = 0) -> dict[str, str]:
@@ -44,6 +44,8 @@ def draw_figures(folder: Path, judged: Judged, section: FinetuneSection, seed: i
     confusion: dict[str, Draw] = {"confusion": draw_confusion}
     of_kind: dict[Kind, dict[str, Draw]] = {"binary": curves | confusion, "multilabel": curves}
     pictures = of_kind.get(judged.labelled.target.kind, confusion) | {"calibration": draw_calibration}
+    if not lines(judged, section):  # a curve takes both classes
+        pictures = {name: draw for name, draw in pictures.items() if name not in curves}
     return {f"{name}.png": draw(folder / f"{name}.png", judged, section, seed) for name, draw in pictures.items()}
 
 
@@ -120,12 +122,18 @@ def draw_roc(path: Path, judged: Judged, section: FinetuneSection, seed: int) ->
         if line.leads:
             axis.fill_between(GRID, *line.band(seed), color=line.colour, alpha=0.15, linewidth=0)
         curve = line.sensitivity(line.once)[0]
-        axis.plot([0, *GRID], [0, *curve], color=line.colour, linewidth=line.width, label=f"{line.name}, AUC {auc:.3f}")
+        axis.plot(
+            [0, *GRID],
+            [0, *curve],
+            color=line.colour,
+            linewidth=line.width,
+            label=wrapped(f"{line.name}, AUC {auc:.3f}", LEGEND),
+        )
         dot(axis, line, line.decided[line.truth == 0].mean(), line.decided[line.truth == 1].mean())
     axis.plot([0, 1], [0, 1], color=FAINT, linestyle=":", zorder=0)
-    axis.set(xlabel="1 - specificity", ylabel=f"sensitivity{positive(judged)}")
+    axis.set(xlabel="1 - specificity", ylabel=wrapped(f"sensitivity{positive(judged)}", AXIS))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     band = f" The band: 95 % interval for {PLURAL[section.headline]}, by bootstrap samples of patients."
     within = " A curve is the mean over folds, so that its area is the AUC within folds; dots need not lie on it."
     return f"ROC curves {of_what(judged, section, drawn)}{band * any(x.leads for x in drawn)}{within * judged.grouped}"
@@ -138,14 +146,14 @@ def draw_pr(path: Path, judged: Judged, section: FinetuneSection, seed: int) -> 
     for line in drawn:
         precision, recall, _ = precision_recall_curve(line.truth, line.score)
         found = ranking.average_precision(line.truth, line.score, line.once)[0]
-        told = f"{line.name}, AP {found:.3f}"
+        told = wrapped(f"{line.name}, AP {found:.3f}", LEGEND)
         axis.step(recall, precision, where="post", color=line.colour, linewidth=line.width, label=told)
         axis.axhline(line.truth.mean(), color=line.colour, linestyle=":", linewidth=1, alpha=0.6, zorder=0)
         if line.decided.any():
             dot(axis, line, line.decided[line.truth == 1].mean(), line.truth[line.decided == 1].mean())
-    axis.set(xlabel=f"sensitivity (recall){positive(judged)}", ylabel="precision")
+    axis.set(xlabel=wrapped(f"sensitivity (recall){positive(judged)}", AXIS), ylabel="precision")
     axis.legend(frameon=False, fontsize=8, loc="best")
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     pooled = " Folds are pooled." * judged.grouped
     return (
         f"Precision against recall {of_what(judged, section, drawn)} Dotted: the share of positives, which chance "
@@ -187,40 +195,36 @@ def of_what(judged: Judged, section: FinetuneSection, drawn: list[Line]) -> str:
 
 def draw_calibration(path: Path, judged: Judged, section: FinetuneSection, seed: int) -> str:
     """How often an image is what it was said to be, before and after temperature; below, what was said."""
+    kind = judged.labelled.target.kind
     figure = Figure(figsize=(4.8, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    patients = judged.labelled.patients[judged.images]
-    draws = Draws.of(judged.labelled.truth[judged.images], patients, DRAWN, seed)
-    for name, colour, probabilities in (
-        ("before temperature", PALE, judged.uncalibrated),
-        ("after", ACCENT, judged.probabilities),
-    ):
-        said, so, owner = claims(judged, probabilities)
-        bins = np.minimum((said * BINS).astype(np.int64), BINS - 1)
-        held = np.flatnonzero(np.bincount(bins, minlength=BINS))
-        where, many = np.array([said[bins == b].mean() for b in held]), np.bincount(bins)[held]
-        shares = shares_of(so, bins, held, np.ones((1, len(so))))[0]
-        above.plot(where, shares, color=colour, linewidth=0.8)
-        above.scatter(where, shares, 12 + 150 * many / len(said), color=colour, label=name, zorder=3)
-        shape = "stepfilled" if name == "after" else "step"
-        below.hist(said, BINS, range=(0, 1), color=colour, histtype=shape, linewidth=1.6)
-        if name == "after":
-            drawn = [shares_of(so, bins, held, w) for w in draws.weights(patients[owner])]
-            above.vlines(where, *interval(np.concatenate(drawn)), color=colour, linewidth=1, alpha=0.5)
+    bins_of(above, below, Claims.of(judged, judged.uncalibrated), "before temperature", PALE)
+    after = Claims.of(judged, judged.probabilities)
+    bins_of(above, below, after, "after", ACCENT)
+    above.vlines(after.mean, *after.interval(judged, seed), color=ACCENT, linewidth=1, alpha=0.5)
     above.plot([0, 1], [0, 1], color=FAINT, linestyle=":", zorder=0)
-    above.set(xlim=(-0.01, 1.01), ylim=(-0.02, 1.02), ylabel=CLAIMS[judged.labelled.target.kind][1])
+    above.set(xlim=(-0.01, 1.01), ylim=(-0.02, 1.02), ylabel=CLAIMS[kind][1])
     above.legend(frameon=False, fontsize=8, loc="upper left", markerscale=0.7)
-    below.set(ylabel="images" if judged.labelled.target.kind != "multilabel" else "answers")
-    below.set_xlabel(CLAIMS[judged.labelled.target.kind][0].format(positive(judged)))
+    below.set(ylabel="images" if kind != "multilabel" else "answers")
+    below.set_xlabel(wrapped(CLAIMS[kind][0].format(positive(judged)), AXIS))
     for axis in (above, below):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     return (
         f"Calibration of images, in {BINS} bins of equal width: how often it was so against what was said; on the "
         "dotted line both agree. A dot is the larger the more images its bin has; the upright line is its 95 % "
         "interval by bootstrap samples of patients, where enough of them have such an image. Below: how often each "
         "probability was said."
     )
+
+
+def bins_of(above: Axes, below: Axes, claims: Claims, name: str, colour: str) -> None:
+    """A dot a bin, the larger the more it holds, and below how much that is."""
+    many = np.bincount(claims.bins)[claims.held]
+    above.plot(claims.mean, claims.share, color=colour, linewidth=0.8)
+    above.scatter(claims.mean, claims.share, 12 + 150 * many / many.sum(), color=colour, label=name, zorder=3)
+    shape = "stepfilled" if name == "after" else "step"
+    below.hist(claims.said, BINS, range=(0, 1), color=colour, histtype=shape, linewidth=1.6)
 
 
 CLAIMS: dict[Kind, tuple[str, str]] = {
@@ -231,15 +235,51 @@ CLAIMS: dict[Kind, tuple[str, str]] = {
 }
 
 
-def claims(judged: Judged, probabilities: Floats) -> tuple[Floats, Ints, Ints]:
-    """What was said, whether it was so, and of which judged image: one an image, of labels one each."""
-    truth, kind = judged.labelled.truth[judged.images], judged.labelled.target.kind
-    every = np.arange(len(truth))
-    if kind == "binary":
-        return probabilities[:, 1], truth, every
-    if kind == "multilabel":
-        return probabilities.ravel(), truth.ravel(), np.repeat(every, truth.shape[1])
-    return probabilities.max(1), (probabilities.argmax(1) == truth).astype(np.int64), every
+@dataclass(frozen=True)
+class Claims:
+    """What was said, and whether it was so: one claim an image, of labels one each. c: claims."""
+
+    said: Floats  # (c,) probability
+    so: Ints  # (c,) 0 or 1
+    owner: Ints  # (c,) which judged image
+
+    @classmethod
+    def of(cls, judged: Judged, probabilities: Floats) -> Claims:
+        """Those of (j, k) probabilities."""
+        truth, kind = judged.labelled.truth[judged.images], judged.labelled.target.kind
+        every = np.arange(len(truth))
+        if kind == "binary":
+            return cls(probabilities[:, 1], truth, every)
+        if kind == "multilabel":
+            return cls(probabilities.ravel(), truth.ravel(), np.repeat(every, truth.shape[1]))
+        return cls(probabilities.max(1), (probabilities.argmax(1) == truth).astype(np.int64), every)
+
+    @property
+    def bins(self) -> Ints:
+        """(c,) the bin of each."""
+        return np.minimum((self.said * BINS).astype(np.int64), BINS - 1)
+
+    @property
+    def held(self) -> Ints:
+        """(b,) bins that hold something."""
+        return np.unique(self.bins)
+
+    @property
+    def mean(self) -> Floats:
+        """(b,) mean of what was said in each of them."""
+        return np.array([self.said[self.bins == b].mean() for b in self.held])
+
+    @property
+    def share(self) -> Floats:
+        """(b,) share of it that was so."""
+        return np.asarray(shares_of(self.so, self.bins, self.held, np.ones((1, len(self.so))))[0])
+
+    def interval(self, judged: Judged, seed: int) -> Floats:
+        """(2, b) 95 % interval of the shares, by bootstrap samples of patients."""
+        patients = judged.labelled.patients[judged.images]
+        draws = Draws.of(judged.labelled.truth[judged.images], patients, DRAWN, seed)
+        drawn = [shares_of(self.so, self.bins, self.held, w) for w in draws.weights(patients[self.owner])]
+        return interval(np.concatenate(drawn))
 
 
 def shares_of(so: Ints, bins: Ints, held: Ints, weights: Floats) -> Floats:
@@ -274,13 +314,13 @@ def draw_confusion(path: Path, judged: Judged, section: FinetuneSection, seed: i
     for (row, column), share in np.ndenumerate(shares):
         told = f"{counts[row, column]}\n{share:.0%}"
         axis.text(column, row, told, ha="center", va="center", fontsize=9, color="white" if share > 0.55 else "black")
-    names = [fill(name, 14) for name in target.classes]
-    axis.set(xticks=ticks, yticks=ticks, xlabel="decided", ylabel=f"true {target.name}")
+    names = [wrapped(name, 14) for name in target.classes]
+    axis.set(xticks=ticks, yticks=ticks, xlabel="decided", ylabel=wrapped(f"true {target.name}", 12 + 10 * len(ticks)))
     steep = len(ticks) > 2 and max(map(len, names)) > 8
     axis.set_xticklabels(names, rotation=40 if steep else 0, ha="right" if steep else "center", rotation_mode="anchor")
     axis.set_yticklabels(names)
     axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     by = {"binary": "by the threshold", "ordinal": "the median of the classes"}.get(
         target.kind, "the most probable class"
     )

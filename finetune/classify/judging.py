@@ -19,22 +19,8 @@ from ...engine.metrics.calibration import brier, ece, log_loss
 from .bootstrap import Draws, Figures, Table, cell, delong_within, estimated
 from .config import FinetuneSection, Level
 from .judged import Judged
-from .predictions import Predictions, read_predictions, write_predictions
-from .subgroups import check_subgroups, groupings, subgroup_table
-from .thresholds import choose_thresholds
-from .units import LEVELS, PLURAL, Cases
-
-__all__ = [
-    "AtLevel",
-    "Judged",
-    "Predictions",
-    "at_levels",
-    "check_subgroups",
-    "choose_thresholds",
-    "figures_of",
-    "read_predictions",
-    "write_predictions",
-]
+from .subgroups import groupings, subgroup_table
+from .units import LEVELS, PLURAL, Cases, counted
 
 FEW_PATIENTS = 50  # below, intervals of a bootstrap over patients are too short to be left without a word
 CALIBRATION = {"ECE": ece, "Brier": brier, "log loss": log_loss}
@@ -50,7 +36,9 @@ class AtLevel:
     figures: Mapping[str, Estimate]
 
 
-def figures_of(judged: Judged, rows: Rows, section: FinetuneSection, seed: int) -> dict[str, Any]:
+def figures_of(
+    judged: Judged, rows: Rows, section: FinetuneSection, seed: int, label: str | None = None
+) -> dict[str, Any]:
     """What result.json says of judged images, ready for JSON: None where a figure or an interval cannot be computed.
 
     Args:
@@ -58,6 +46,7 @@ def figures_of(judged: Judged, rows: Rows, section: FinetuneSection, seed: int) 
         rows: of the data set, which say what divides it into subgroups.
         section: read-out, level that leads, subgroups, bootstrap samples, and how thresholds were chosen.
         seed: of the bootstrap.
+        label: that the truth was taken from, where it is called otherwise than the task; it makes no subgroups.
     """
     labelled, target = judged.labelled, judged.labelled.target
     truth, metric = labelled.truth[judged.images], headline(target.kind)
@@ -76,7 +65,7 @@ def figures_of(judged: Judged, rows: Rows, section: FinetuneSection, seed: int) 
         "tables": [
             level_table(levels, target.kind),
             calibration_table(judged, levels["image"], draws),
-            *subgroups(judged, rows, levels, section, seed),
+            *subgroups(judged, rows, levels, section, seed, label or target.name),
         ],
         "notes": [
             *what_is_judged(target.kind, levels, section),
@@ -119,8 +108,8 @@ def count(kind: Kind, classes: Sequence[str], truth: Ints) -> dict[str, int]:
 def level_rows(levels: Mapping[Level, AtLevel], metric: Metric) -> Iterator[dict[str, Any]]:
     """One figure at every level."""
     for level, found in levels.items():
-        of = f"{len(found.cases)} {PLURAL[level] if len(found.cases) != 1 else level}"
-        yield {"name": f"by {level}", **(cell(found.figures.get(metric)) or NOTHING), "detail": of}
+        figure = cell(found.figures.get(metric)) or NOTHING
+        yield {"name": f"by {level}", **figure, "detail": counted(len(found.cases), level)}
 
 
 def majority(metric: Metric, classes: int) -> dict[str, Any]:
@@ -137,7 +126,7 @@ def level_table(levels: Mapping[Level, AtLevel], kind: Kind) -> Table:
             rows.append(["AUC, interval by DeLong", None, None, cell(delong_within(levels["patient"].cases))])
     return {
         "title": "Figures by level",
-        "columns": ["figure", *(f"{len(found.cases)} {PLURAL[level]}" for level, found in levels.items())],
+        "columns": ["figure", *(counted(len(found.cases), level) for level, found in levels.items())],
         "rows": rows,
         "note": "DeLong's interval wants independent cases, so it is of patients alone." if kind == "binary" else "",
     }
@@ -162,11 +151,11 @@ def calibration_table(judged: Judged, images: AtLevel, draws: Draws) -> Table:
 
 
 def subgroups(
-    judged: Judged, rows: Rows, levels: Mapping[Level, AtLevel], section: FinetuneSection, seed: int
+    judged: Judged, rows: Rows, levels: Mapping[Level, AtLevel], section: FinetuneSection, seed: int, label: str
 ) -> Iterator[Table]:
     """A table for every column that divides the images, of the coarsest level up to the leading one that it divides."""
     labelled, finer = judged.labelled, LEVELS[LEVELS.index(section.headline) :: -1]
-    for name, values in groupings(rows, labelled.rows, section.subgroups, labelled.target.name).items():
+    for name, values in groupings(rows, labelled.rows, section.subgroups, label).items():
         for found in (levels[level] for level in finer):
             group = found.cases.grouped_by(values)
             if group is not None and len(np.unique(group)) > 1:
@@ -193,6 +182,8 @@ def what_is_judged(kind: Kind, levels: Mapping[Level, AtLevel], section: Finetun
 
 def what_intervals_hold(draws: Draws, replicates: int) -> str:
     """What the intervals are of, and what is not in them."""
+    if len(draws.patients) < 2:
+        return "There are no intervals: all images are of one patient."
     few = f" With {len(draws.patients)} patients they are too short to be taken at their word."
     return (
         f"Intervals: 95 %, {replicates} bootstrap samples of patients, the same at every level. They hold the trained "

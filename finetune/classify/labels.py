@@ -96,7 +96,8 @@ def read_labels(
         raise UserError("data.task is not set; name the label to predict, e.g. --data.task=density")
     several = name not in shards.tasks and "," in name
     if several and kind not in ("auto", "multilabel"):
-        raise UserError(f"data.task={name}: several columns are a multilabel task, not finetune.kind={kind}")
+        other = f"finetune.kind={kind}" if complete else f"{kind}, as the model's"
+        raise UserError(f"data.task={name}: several columns are a multilabel task, not {other}")
     said = _columns(shards, name) if several else _column(shards, name, separator if kind == "multilabel" else "")
     if not len(said.rows):
         raise UserError(f"data.task={name}: no image has this label; name another task, or another data.split")
@@ -127,7 +128,7 @@ def _column(shards: ShardDataset, name: str, separator: str) -> _Said:
     """One column, or several joined; its values are sets where there is a separator."""
     parts = [name] if name in shards.tasks else _parts(name, "+")
     if separator and len(parts) > 1:
-        raise UserError(f"data.task={name} is one joined label, not finetune.kind=multilabel; write {','.join(parts)}")
+        raise UserError(f"data.task={name} is one joined label, and no multilabel task; write {','.join(parts)}")
     rows, cells, unknown = _cells(shards, parts)
     joined = [" ".join(row) for row in cells.tolist()]
     values = [frozenset(filter(None, value.split(separator)) if separator else [value]) for value in joined]
@@ -191,7 +192,9 @@ def _kind(name: str, kind: Literal["auto"] | Kind, several: bool, classes: list[
 def _check(name: str, truth: Ints, classes: list[str], kind: Kind, complete: bool) -> None:
     """Refuse a task without an image, and classes that no image has; of labels also those that all have."""
     if not len(truth):
-        raise UserError(f"data.task={name}: no image has a label that finetune.classes takes; name others")
+        model = f"the model knows ({', '.join(classes)}); name another label with data.task"
+        takes = "finetune.classes takes; name others" if complete else model
+        raise UserError(f"data.task={name}: no image has a label that {takes}")
     counts = truth.sum(0).tolist() if complete else []
     for c, count in zip(classes, counts, strict=False):
         if not count or (kind == "multilabel" and count == len(truth)):

@@ -39,12 +39,12 @@ from ..peft.base import Tuned
 from ..peft.files import Base, load, save
 from ..peft.registry import describe
 from .cards import ModelCard
-from .config import Level
+from .config import Level, TilesSection
 from .labels import Labelled
 from .mil import MilModel, logits
 from .reading import frame_logits
 from .targets import Target
-from .tiles import TileFeatures, tile_features
+from .tiles import TileFeatures, fault_of, tile_features
 
 MODEL = "miram.model/1"
 CARD, ADAPTER, MIL = "model.json", "adapter", "mil.safetensors"
@@ -88,13 +88,20 @@ class Locked:
             assert card.input != "tiles"
             found = frame_logits(self.model, shards, rows, card.input, card.image_size, card.normalise, batch_size)
         if bad := int((~np.isfinite(found)).any(1).sum()):
-            raise UserError(f"{', '.join(shards.roots)}: the model gives no finite numbers for {bad} images")
+            raise UserError(
+                f"{', '.join(shards.roots)}: the model gives no finite numbers for {bad} of {len(rows)} images, so its "
+                "training went astray; tune it again with lower rates (finetune.search.lrs) or another encoder"
+            )
         return found
 
     def of_tiles(self, model: MilModel, shards: ShardDataset, rows: Ints, batch_size: int) -> Floats:
         """(n, w): images of a bag share its logits, and the bag is all of its tiles among these rows."""
         with self.tiles(shards, rows, batch_size) as (features, of):
             return logits(model, features, of, np.arange(len(rows)))
+
+    def tiling(self, shards: ShardDataset) -> TilesSection:
+        """Which tiles are read of a data set: a spacing that was stated of the training data is none of other data."""
+        return self.card.tiles.model_copy(update={"spacing_mm": self.card.stated_spacing(shards)})
 
     @contextmanager
     def tiles(self, shards: ShardDataset, rows: Ints, batch_size: int) -> Iterator[tuple[TileFeatures, Labelled]]:
@@ -105,10 +112,11 @@ class Locked:
         """
         assert self.encoder is not None
         order, place = np.unique(rows, return_inverse=True)
-        some = shards.subset(order)
+        some, section = shards.subset(order), self.tiling(shards)
+        refuse_resolution(section, some)
         with TemporaryDirectory(prefix="miram-tiles-") as folder:
             cache = self.cache or Path(folder)
-            features = tile_features(self.encoder, some, self.card.tiles, batch_size, cache, "the locked model's")
+            features = tile_features(self.encoder, some, section, batch_size, cache, "the locked model's")
             yield features, replace(unlabelled(self.target, shards, rows), rows=place)
 
     def probabilities(self, shards: ShardDataset, rows: Ints, batch_size: int = 64) -> Floats:
@@ -146,6 +154,20 @@ def refuse_channels(card: ModelCard, shards: ShardDataset) -> None:
         raise UserError(
             f"{places}: images of {shards.channels} channels, and the model takes {wanted}; ingest them again with "
             f"--channels {wanted}"
+        )
+
+
+def refuse_resolution(section: TilesSection, shards: ShardDataset) -> None:
+    """Refuse images that cannot be cut into tiles of a stated resolution.
+
+    Raises:
+        UserError: how many, and why the first.
+    """
+    column = shards.rows.column("spacing_mm")
+    if faults := [fault for value in column if (fault := fault_of(value, section))]:
+        raise UserError(
+            f"{', '.join(shards.roots)}: {len(faults)} of {len(column)} images cannot be judged; of the first, "
+            f"{faults[0]}: ingest them again with their spacing (column spacing_mm of the label file), and fine enough"
         )
 
 

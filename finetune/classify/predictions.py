@@ -24,6 +24,8 @@ from ...engine.files import write_atomic
 from ...engine.metrics import Floats, Ints, Kind
 from .config import ReadoutSection
 from .judged import Judged
+from .labels import Labelled
+from .targets import Target
 
 WHO = ("key", "patient", "breast", "truth", "fold")
 
@@ -43,11 +45,28 @@ class Predictions:
     logits: Floats  # (j, w)
 
     def coded(self, written: NDArray[np.str_], kind: Kind, separator: str = "|") -> Ints:
-        """`truth` or `decisions` as (j,) classes, or (j, k) 0/1 of labels."""
-        if kind != "multilabel":
-            return np.array([self.classes.index(name) for name in written], np.int64)
-        sets = [names.split(separator) for names in written]
-        return np.array([[name in names for name in self.classes] for names in sets], np.int64)
+        """`truth` or `decisions` as (j,) classes, or (j, k) 0/1 of labels.
+
+        Raises:
+            UserError: there is something else among them.
+        """
+        several = kind == "multilabel"
+        sets = [(names.split(separator) if names else []) if several else [names] for names in written.tolist()]
+        if unknown := sorted({name for names in sets for name in names} - set(self.classes)):
+            known = ", ".join(map(repr, self.classes))
+            raise UserError(f"predictions.csv names {unknown[0]!r}, and its classes are {known}; make it again")
+        found = np.array([[name in names for name in self.classes] for names in sets], np.int64)
+        return found if several else found.argmax(1)
+
+    def labelled(self, task: str, kind: Kind, separator: str = "|") -> Labelled:
+        """The judged images as all there are of a task, row by row.
+
+        Raises:
+            UserError: the truth of one is no class.
+        """
+        target, rows = Target(task, kind, self.classes), np.arange(len(self.keys))
+        truth, splits = self.coded(self.truth, kind, separator), np.full(len(rows), "")
+        return Labelled(target, rows, truth, self.patients, self.breasts, self.keys, splits, {})
 
 
 def write_predictions(path: Path, judged: Judged, separator: str = "|") -> None:
@@ -74,6 +93,18 @@ def named(classes: Sequence[str], answer: Ints, separator: str) -> str:
     return separator.join(name for name, has in zip(classes, answer, strict=True) if has)
 
 
+def check_numbers(patients: NDArray[np.str_], fold: Ints, *numbers: Floats) -> None:
+    """Refuse what no run says.
+
+    Raises:
+        ValueError: a number is not finite, or models of several folds judged a patient.
+    """
+    if not all(np.isfinite(some).all() for some in numbers):
+        raise ValueError("a number is not finite")
+    if len(set(zip(patients.tolist(), fold.tolist(), strict=True))) > len(np.unique(patients)):
+        raise ValueError("a patient is in several folds")
+
+
 def read_predictions(path: Path) -> Predictions:
     """What `write_predictions` wrote.
 
@@ -87,6 +118,7 @@ def read_predictions(path: Path) -> Predictions:
         names = [tuple(name for name in header if name.startswith(kind)) for kind in ("p_", "logit_")]
         numbers = [np.array([columns[name] for name in group], np.float64).T for group in names]
         fold = np.array(columns["fold"]).astype(np.int64)
+        check_numbers(text[1], fold, *numbers)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; `miram finetune` writes it when it has judged") from error
     except (csv.Error, ValueError, KeyError) as error:

@@ -40,7 +40,8 @@ class Probing:
     @property
     def values(self) -> tuple[float, ...]:
         """As many strengths as tuning methods have learning rates, the strongest regularisation first."""
-        trials = self.bench.section.search.trials
+        search = self.bench.section.search
+        trials = len(search.lrs) if search.lrs is not None else search.trials
         return tuple(np.geomspace(*BOUNDS, trials).tolist()) if trials > 1 else (1.0,)
 
     @cached_property

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from ...engine.errors import UserError
 from ...engine.files import make_folder, read_json, write_json
 from ...engine.metrics import Floats, Ints
 from ...engine.metrics.calibration import fit_temperature
@@ -30,11 +33,11 @@ from ...engine.seeding import stable_seed
 from ...engine.tensors import read_tensors
 from ...engine.track import Meter, peak_memory_bytes, reset_peak_memory
 from ..peft.base import write_all
-from ..task import Fold, grouped_folds
+from ..task import Fold, Task, grouped_folds
 from .bench import Approach, Bench, refuse_not_finite
 from .config import Level
-from .judging import choose_thresholds
 from .scores import headline_score
+from .thresholds import choose_thresholds
 from .units import LEVELS
 
 TRAINING = "miram.training/1"
@@ -146,30 +149,48 @@ class Search:
 
 
 def inner_folds(bench: Bench, fit: Ints) -> tuple[list[Fold], str]:
-    """Pairs of images to train on and to choose by, and how they came about: the official `val` where there is one.
+    """Pairs of images to train on and to choose by, and how they came about: the official `val` where it can choose.
 
     A class with fewer patients than there are folds makes fewer folds; one with a single patient is not balanced, and
     where no two classes have more there is no choosing.
     """
     search, task = bench.section.search, bench.labelled.strata
-    official = np.isin(fit, np.flatnonzero(bench.labelled.splits == "val"))
-    if official.any() and not official.all():
-        return [(fit[~official], fit[official])], "the official val patients"
+    val = official_val(bench, fit)
+    if val.any():
+        return [(fit[~val], fit[val])], "the official val patients"
     classes, truth, patients = *np.unique(task.truth[fit], return_inverse=True), task.patients[fit]
     counts = np.array([len(np.unique(patients[truth == k])) for k in range(len(classes))])
     balanced = np.flatnonzero(counts > 1)
     if len(balanced) < 2:
         return [], UNDECIDED
-    wanted = search.folds if search.folds > 1 else max(2, round(1 / search.holdout))
-    folds = min(wanted, int(counts[balanced].min()))
-    kept = np.where(np.isin(truth, balanced), truth, int(counts.argmax()))
+    kept = np.searchsorted(balanced, np.where(np.isin(truth, balanced), truth, int(counts.argmax())))
     whole = replace(task, classes=tuple(task.classes[classes[k]] for k in balanced))
-    found = grouped_folds(np.searchsorted(balanced, kept), patients, folds, bench.settings.seed, whole)
+    wanted = search.folds if search.folds > 1 else max(2, round(1 / search.holdout))
+    found = largest_division(kept, patients, min(wanted, int(counts[balanced].min())), bench.settings.seed, whole)
     pairs = [(fit[known], fit[held]) for known, held in found]
+    if not pairs:
+        return [], UNDECIDED
     if search.folds == 1:
         return pairs[:1], f"one held-out part of {len(pairs[0][1])} images"
-    fewer = f", fewer than {search.folds} for lack of patients" if folds < search.folds else ""
-    return pairs, f"{folds} inner folds by patient{fewer}"
+    fewer = f", fewer than {search.folds} for lack of patients" if len(pairs) < search.folds else ""
+    return pairs, f"{len(pairs)} inner folds by patient{fewer}"
+
+
+def official_val(bench: Bench, fit: Ints) -> NDArray[np.bool_]:
+    """Which of the training images choose: the official `val` of three splits, unless it is of a single class."""
+    labelled = bench.labelled
+    val = np.isin(fit, np.flatnonzero(labelled.splits == "val"))
+    official = {"train", "val", "test"} <= set(labelled.splits.tolist())
+    useful = len(np.unique(labelled.strata.truth[fit[val]])) > 1 and not val.all()
+    return val if official and useful else np.zeros(len(fit), np.bool_)
+
+
+def largest_division(truth: Ints, patients: NDArray[np.str_], folds: int, seed: int, task: Task) -> list[Fold]:
+    """As many folds, up to so many, as leave every class among what each is trained on; none where two do not."""
+    for count in range(folds, 1, -1):
+        with suppress(UserError):
+            return list(grouped_folds(truth, patients, count, seed, task))
+    return []
 
 
 def choose(candidates: Sequence[Candidate]) -> int:

@@ -39,19 +39,24 @@ from ..features import check_channels
 from ..peft import METHODS
 from ..peft.registry import describe
 from ..seen import seen
-from ..task import Fold, outer_folds
+from ..task import Fold
 from .account import cost, notes, search_table
 from .bench import Approach, Bench
 from .cards import card_for
 from .config import FinetuneConfig
 from .figures import draw_figures
 from .fraction import labelled_fraction
-from .judging import Judged, check_subgroups, figures_of, write_predictions
+from .judged import Judged
+from .judging import figures_of
 from .labels import read_labels
 from .locked import read_model, write_locked
+from .outer import outer
+from .predictions import write_predictions
 from .probing import Probing
 from .search import Nested, Search
+from .subgroups import check_subgroups
 from .sweep import sweep
+from .telling import say
 from .tiles import spacings
 from .tiling import Tiling
 from .tuning import Tuning
@@ -96,6 +101,7 @@ def run_one(settings: FinetuneConfig, accelerator: Accelerator, signals: StopSig
     else:
         with run.recorded(writes=bench.main):
             Stage(bench, run, splits, split_name).run_through()
+        accelerator.wait_for_everyone()
     if bench.main:
         say(read_json(run.folder / "result.json", RESULT))
     return run
@@ -120,7 +126,7 @@ def prepare(
         raise UserError(f"finetune.method: there is no {section.method!r}{did_you_mean(section.method, known)}")
     shards = open_shards(settings.data)
     labelled = read_labels(shards, settings.data.task, section.kind, section.classes, section.separator)
-    splits, name = outer_folds(labelled.strata, section.folds, settings.seed, "finetune.folds")
+    splits, name = outer(labelled, section.folds, settings.seed)
     vit, said = read_encoder(section.encoder, section.image_size, shards.channels)
     check_channels(vit, shards)
     check_subgroups(shards.rows, section.subgroups)
@@ -152,26 +158,48 @@ class Stage:
 
     def run_through(self) -> None:
         """Judge, keep, tell."""
+        wanted = not self.folder.exists() and (self.alone or self.bench.section.final)
+        self.bench.accelerator.wait_for_everyone()  # before any rank makes the folder, all have looked for it
         with Meter("trainings", self.trainings) as meter:
             search = Search(self.bench, approach_of(self.bench), meter)
-            found = [self.fold(search, number) for number in range(len(self.splits))]
-            self.keep(search, found)
+            found = [self.fold(search, number, keep=wanted and self.alone) for number in range(len(self.splits))]
+            if wanted:
+                self.keep(found[0] if self.alone else self.last(search))
         if self.bench.main:
             self.write(self.joined(found), found)
 
     @property
+    def alone(self) -> bool:
+        """Whether one model judges all: that of an official split."""
+        return len(self.splits) == 1
+
+    @property
+    def folder(self) -> Path:
+        """Of the model."""
+        return self.run.folder / "model"
+
+    @property
     def trainings(self) -> int:
         """At most so many: candidates on inner folds and the chosen one, for every outer fold and the last model."""
-        section, last = self.bench.section, len(self.splits) > 1 and self.bench.section.final
+        section, last = self.bench.section, not self.alone and self.bench.section.final
         return (len(self.splits) + last) * (len(approach_of(self.bench).values) * section.search.folds + 1)
 
     # ------------------------------------------------------------------------------------------ training
 
-    def fold(self, search: Search, number: int) -> Nested:
-        """What came of one outer fold; of an official split the model is kept at once."""
+    def fold(self, search: Search, number: int, *, keep: bool) -> Nested:
+        """What came of one outer fold; with its model, where that is wanted."""
         fit, rest = self.splits[number]
-        known = self.labelled_part(fit, number)
-        return search.nested(known, rest, self.place(f"outer-{number}"))
+        return search.nested(self.labelled_part(fit, number), rest, self.place(f"outer-{number}"), keep=keep)
+
+    def last(self, search: Search) -> Nested:
+        """What the same procedure makes of everybody; it judges nobody."""
+        return search.nested(self.everybody, self.everybody[:0], self.place("final"), keep=True)
+
+    @property
+    def everybody(self) -> Ints:
+        """All images whose labels the kept model may learn from."""
+        fit = self.splits[0][0] if self.alone else np.arange(len(self.bench.labelled.rows))
+        return self.labelled_part(fit, 0)
 
     def labelled_part(self, fit: Ints, number: int) -> Ints:
         """The images of those training patients whose labels are used."""
@@ -201,21 +229,14 @@ class Stage:
             thresholds={number: nested.thresholds for number, nested in enumerate(found)},
         )
 
-    def keep(self, search: Search, found: Sequence[Nested]) -> None:
-        """Write the model, unless an earlier start did or nobody wants it."""
-        bench, folder = self.bench, self.run.folder / "model"
-        one = len(self.splits) == 1
-        if folder.exists() or not (one or bench.section.final):
-            return
-        fit = self.splits[0][0] if one else np.arange(len(bench.labelled.rows))
-        known = self.labelled_part(fit, 0)
-        place = self.place("outer-0" if one else "final")
-        nested = search.nested(known, known[:0], place, keep=True) if not one or found[0].model is None else found[0]
+    def keep(self, nested: Nested) -> None:
+        """Write the model."""
+        bench = self.bench
         if bench.main:
             base, normalise = describe(bench.encoder), normalisation(bench.encoder)
             chosen = nested.temperature, nested.thresholds
-            card = card_for(bench.section, bench.labelled, known, bench.shards, base, normalise, *chosen)
-            write_locked(folder, card, nested.model)
+            card = card_for(bench.section, bench.labelled, self.everybody, bench.shards, base, normalise, *chosen)
+            write_locked(self.folder, card, nested.model)
         bench.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------------------------ telling
@@ -240,19 +261,9 @@ class Stage:
 
     def maps(self, judged: Judged, figures: Path) -> dict[str, str]:
         """Pictures of what counted, by the kept model; captions by file name."""
-        folder, section, trained = self.run.folder / "model", self.bench.section, len(self.splits) > 1
-        if not section.explain or not folder.exists():
+        section = self.bench.section
+        if not section.explain or not self.folder.exists():
             return {}
-        note = " The map is of the last model, which was trained on this image, too." * trained
-        locked = read_model(folder)
+        note = "" if self.alone else " The map is of the last model, which was trained on this image, too."
+        locked = read_model(self.folder)
         return explained(locked, self.bench.shards, judged, figures, section.explain, section.batch_size, note)
-
-
-def say(result: Mapping[str, Any]) -> None:
-    """The figures as a few lines."""
-    print(f"{result['metric']} of {result['task']}, {result['n_images']} images of {result['n_patients']} patients:")
-    width = max(len(row["name"]) for row in result["rows"]) + 2
-    for row in result["rows"]:
-        interval = "" if row["interval"] is None else "  [{:.3f}, {:.3f}]".format(*row["interval"])
-        value = "-" if row["value"] is None else f"{row['value']:.3f}"
-        print(f"  {row['name']:<{width}}{value}{interval}")

@@ -27,8 +27,8 @@ MANY = 20  # groups that a table shows
 IMPOSSIBLE = "cannot be computed"
 
 
-def check_subgroups(rows: Rows, names: Sequence[str]) -> None:
-    """Refuse a subgroup that the data cannot tell, before anything is trained.
+def check_subgroups(rows: Rows, names: Sequence[str], key: str = "finetune.subgroups") -> None:
+    """Refuse a subgroup that the data cannot tell, before anything is trained; `key` is where the user named it.
 
     Raises:
         UserError: neither a column nor a label of the index has the name.
@@ -36,7 +36,7 @@ def check_subgroups(rows: Rows, names: Sequence[str]) -> None:
     known = sorted({column.removeprefix(LABEL) for column in rows.columns})
     for name in names:
         if name not in known:
-            raise UserError(f"finetune.subgroups: the data has no column or label {name!r}{did_you_mean(name, known)}")
+            raise UserError(f"{key}: the data has no column or label {name!r}{did_you_mean(name, known)}")
 
 
 def groupings(rows: Rows, labelled: Ints, names: Sequence[str], task: str) -> dict[str, NDArray[np.str_]]:

@@ -23,13 +23,14 @@ import torch
 
 from ...engine.config import Tree, check, dump_yaml, parse_yaml
 from ...engine.errors import RunFailed, UserError, did_you_mean, one_line
-from ...engine.files import write_atomic
-from ...engine.run import Run, open_run
+from ...engine.files import read_json, write_atomic
+from ...engine.run import RESULT, Run, open_run
 from .comparison import Standing, Told, read_run, standings
-from .config import FinetuneConfig, SweepSection
+from .config import FinetuneConfig, FinetuneSection, SweepSection
 from .sweep_figure import CAPTION, draw_sweep
 from .sweep_table import Standings, content, table_csv
 
+SAME = ("kind", "classes", "separator", "readout", "folds", "headline", "operating_point", "operating_at")
 LONGEST = 80  # characters of a folder's name
 
 
@@ -70,11 +71,13 @@ def sweep(
     run = open_run(settings, settings.out, "sweep", inputs, writes=main)
     if run.finished:
         print(f"{run.folder} is finished; nothing to do")
+        tell(run)
         return run
     with run.recorded(writes=main):
         failed = work_through(cells, one)
         if main:
             write(run, settings, cells, failed)
+            tell(run)
         if failed:
             first = f"{next(iter(failed))}: {next(iter(failed.values()))}"
             raise RunFailed(
@@ -123,7 +126,29 @@ def derived(settings: FinetuneConfig, entry: str | Tree, fraction: float, seed: 
         tree["finetune"]["options"] = {}
     tree["finetune"] = merged(tree["finetune"], chosen) | {"fraction": fraction}
     tree |= {"out": out, "seed": seed, "sweep": SweepSection().model_dump(mode="json")}
-    return check(FinetuneConfig, tree, f"sweep.methods, {label(settings, entry)}")
+    made: FinetuneConfig = check(FinetuneConfig, tree, f"sweep.methods, {label(settings, entry)}")
+    refuse_unequal(settings.finetune, made.finetune, label(settings, entry))
+    return made
+
+
+def refuse_unequal(common: FinetuneSection, own: FinetuneSection, name: str) -> None:
+    """Refuse a method that would be asked something else, judged otherwise, or given more to try than the others.
+
+    Raises:
+        UserError: it would.
+    """
+    odd = [f"finetune.{key}" for key in SAME if getattr(common, key) != getattr(own, key)]
+    mine, theirs = budget(own), budget(common)
+    odd += [f"finetune.search ({key})" for key in mine if mine[key] != theirs[key]]
+    if odd:
+        raise UserError(f"sweep.methods: {name} differs in {', '.join(odd)}, which all methods share; leave it out")
+
+
+def budget(section: FinetuneSection) -> dict[str, float]:
+    """What a method may try."""
+    search = section.search
+    candidates = search.trials if search.lrs is None else len(search.lrs)
+    return {"candidates": candidates, "folds": search.folds, "holdout": search.holdout}
 
 
 def merged(base: Tree, update: Tree) -> Tree:
@@ -208,7 +233,7 @@ def read_cells(settings: FinetuneConfig, cells: Sequence[Cell], failed: dict[Cel
     told: dict[Cell, Told] = {}
     for cell in (cell for cell in cells if cell not in failed):
         try:
-            told[cell] = read_run(cell.run.folder, settings.finetune.readout)
+            told[cell] = read_run(cell.run.folder, settings.finetune.readout, settings.finetune.separator)
             told[cell].check_beside(next(iter(told.values())))
         except UserError as error:
             told.pop(cell, None)
@@ -222,3 +247,20 @@ def place(settings: FinetuneConfig, fraction: float, told: Mapping[Cell, Told]) 
     methods = dict.fromkeys(cell.method for cell in of)
     by_method = {m: {cell.seed: said for cell, said in of.items() if cell.method == m} for m in methods}
     return standings(by_method, section.seeds, section.against, settings.finetune.replicates, settings.seed)
+
+
+def tell(run: Run) -> None:
+    """The tables as lines: method, value, difference."""
+    for table in read_json(run.folder / "result.json", RESULT)["tables"]:
+        print(f"{table['title']}: {', '.join(table['columns'][:4])}")
+        for row in table["rows"]:
+            print("  " + "  ".join(f"{spoken(cell):<{24 if i else 32}}" for i, cell in enumerate(row[:4])).rstrip())
+    print(f"all of it: {run.folder / 'table.csv'}; a page of it: miram report {run.folder}")
+
+
+def spoken(cell: object) -> str:
+    """A cell of a table for a line of text."""
+    if not isinstance(cell, dict):
+        return f"{cell:.3g}" if isinstance(cell, float) else "-" if cell is None else str(cell)
+    interval = " [{:.3f}, {:.3f}]".format(*cell["interval"]) if cell.get("interval") else ""
+    return f"{cell['value']:.3f}{interval}"

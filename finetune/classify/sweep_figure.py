@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from ..figures import ACCENT, BESIDE, PALE
+from ..style import ACCENT, BESIDE, PALE, save
 from .sweep_table import Standings
 
 CAPTION = (
@@ -32,7 +32,7 @@ def draw_sweep(path: Path, found: Standings, metric: str) -> None:
     axes.grid(color="#eceef0")
     axes.set_axisbelow(True)
     (draw_lines if len(found) > 1 else draw_rows)(axes, curves, metric)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
 
 
 def curve(found: Standings, method: str) -> Curve:

@@ -120,6 +120,11 @@ def notes(settings: FinetuneConfig, found: Standings, told: Sequence[Told]) -> l
         if seeds > 1
         else "With one seed, how much another would change is not in them."
     )
+    reach = (
+        "With few seeds it is too bold where seeds differ in quality, and too careful where they only differ by chance."
+        if seeds > 1
+        else "It tells these trained models apart, not their methods: trained again, equal methods may differ as much."
+    )
     few = f" With {patients} patients they are too short to be taken at their word." * (patients < FEW_PATIENTS)
     return [
         f"Rows and differences above are at {100 * max(section.fractions):.4g} % of the labels. Each figure is a mean "
@@ -128,7 +133,7 @@ def notes(settings: FinetuneConfig, found: Standings, told: Sequence[Told]) -> l
         f"Intervals: 95 %, {samples} bootstrap samples, each of patients and of seeds, the same for all methods, so "
         f"that differences are paired. {several} Other pretrainings are not in them.{few}",
         "p is of no difference: twice the share of samples on the rarer side of zero, at least "
-        f"{2 / (samples + 1):.2g}. It is not corrected for the number of rows.",
+        f"{2 / (samples + 1):.2g}, and not corrected for the number of rows. {reach}",
         "All methods had as many candidates, inner folds and steps to choose among; what each chose is in its own run.",
     ]
 

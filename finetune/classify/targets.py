@@ -76,6 +76,12 @@ class Target:
             return probabilities.argmax(1)
         return (probabilities.cumsum(1)[:, :-1] < 0.5).sum(1)  # the median
 
+    def named(self, answer: Ints, separator: str) -> str:
+        """The name of a class, or those of a (k,) row of 0 and 1, joined; "" where it has none."""
+        if np.ndim(answer) == 0:
+            return self.classes[int(answer)]
+        return separator.join(name for name, has in zip(self.classes, answer, strict=True) if has)
+
     def class_weights(self, truth: Ints) -> Tensor:
         """(k,) weights under which every class counts alike; of a label: negatives a positive, at most 100."""
         if self.kind == "multilabel":

@@ -124,6 +124,20 @@ def spacings(shards: ShardDataset, section: TilesSection) -> list[float]:
     return found
 
 
+def fault_of(value: str, section: TilesSection) -> str:
+    """Why tiles cannot be cut from an image with this spacing in its index; nothing where they can.
+
+    Raises:
+        UserError: as `spacing_of`.
+    """
+    spacing = spacing_of(value) if value else section.spacing_mm
+    if spacing is None:
+        return "its spacing is unknown, and the model reads it at a stated resolution"
+    if section.mm_per_pixel < (1 - SAME) * spacing:
+        return f"it has {spacing:g} mm a pixel, coarser than the {section.mm_per_pixel:g} mm that the model reads"
+    return ""
+
+
 def spacing_of(value: str) -> float:
     """A spacing as the index has it.
 

@@ -22,6 +22,11 @@ LEVELS: tuple[Level, ...] = ("image", "breast", "patient")
 PLURAL: dict[Level, str] = {"image": "images", "breast": "breasts", "patient": "patients"}
 
 
+def counted(count: int, level: Level) -> str:
+    """`1 patient`, `2 patients`."""
+    return f"{count} {level if count == 1 else PLURAL[level]}"
+
+
 @dataclass(frozen=True)
 class Cases:
     """The cases of a level. Of several classes, a breast or patient whose images disagree on the truth is left out."""

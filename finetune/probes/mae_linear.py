@@ -5,8 +5,9 @@ on the weights and none on the bias, no decay; blr 0.1 at a batch of 16,384, so 
 then a cosine. Nothing is chosen. The feature is that of the last block, pooled as `probe.pool` says; theirs is `cls`.
 With `probe.crops` it is trained on an image's crops, as theirs is, and else on the mean over its windows.
 
-Ours differs in two places. A set smaller than a batch is repeated until it fills one: the step is that of all its
-images, at the published rate. LARS moves a weight by a share of its length, so scaled down to a hundred images lr would
+Ours differs in two places. A set smaller than a batch makes one step an epoch, of all its images, each as often as it
+has views (a crop each; one, where it has no crops) or as a batch holds them all, and the rate is the published one, not
+scaled down to that step. LARS moves a weight by a share of its length, so scaled down to a hundred images lr would
 leave it where it began. And classes are weighted to balance, which changes nothing where they are balanced, as there.
 
 Legend: n images, v views, D features, k classes, m judged images.

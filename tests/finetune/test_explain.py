@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lockables import lock, write_encoder
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor, nn
 
 from miram.data.geometry import Geometry
+from miram.data.record import Region
 from miram.data.shards import Sample, ShardDataset
 from miram.data.tiles import tiles
 from miram.data.views import Normalisation
-from miram.finetune import explain as module
+from miram.engine.metrics import Kind
 from miram.finetune.classify.locked import Locked, read_locked
-from miram.finetune.explain import AS_STORED, Map, attended, occlusion, painted, places, rastered, surroundings
+from miram.finetune.classify.targets import Target
+from miram.finetune.explain import explain
 from miram.finetune.films import Taking, taken
-from miram.finetune.predict import predict
+from miram.finetune.said import Said, said_of
+from miram.finetune.saliency import occlusion as hiding
+from miram.finetune.saliency.attention import attended, rastered
+from miram.finetune.saliency.occlusion import AS_STORED, log_odds, occlusion, places, surroundings
+from miram.finetune.saliency.picture import draw, painted
+from miram.finetune.saliency.worth import Map
+
+SAID = Said(1, "mass = 1", 0.9, 0.5, "1", "mass = 1")
 
 
 class Brightest(nn.Module):
@@ -66,11 +79,11 @@ def test_hiding_the_bright_spot_is_what_counts(
 ) -> None:
     locked = replace(brightest, card=brightest.card.model_copy(update={"input": input}))
     found = occlusion(locked, spotted(shape, spot))
-    assert (found.of, found.said) == ("1", "1")
+    assert (found.said.answer, found.said.short) == ("mass = 1", "1")
     row, column = np.unravel_index(found.values.argmax(), found.values.shape)
     cell = np.array(shape) / found.values.shape
     assert np.abs((np.array([row, column]) + 0.5) * cell - spot).max() < 1.01 * cell.max()
-    assert found.values.max() > 0.3
+    assert found.values.max() > 1
     far = np.abs((np.indices(found.values.shape) + 0.5) * cell[:, None, None] - np.array(spot)[:, None, None]).max(0)
     assert np.abs(found.values[far > 3 * cell.max()]).max() < 0.02
 
@@ -82,7 +95,7 @@ def test_places_are_those_that_frames_show() -> None:
     sample = Sample("smooth", pixels, 4095, {})
     for input in ("whole", "windows"):
         y, x, inside = places(sample, (64, 48), input)
-        seen = module.frames(sample, (64, 48), AS_STORED, input).numpy()[:, 0] * 4095
+        seen = hiding.frames(sample, (64, 48), AS_STORED, input).numpy()[:, 0] * 4095
         looked_up = pixels[np.rint(y).astype(int).clip(0, 149), np.rint(x).astype(int).clip(0, 89)]
         there = inside > 0
         assert np.corrcoef(seen[there], looked_up[there])[0, 1] > 0.999
@@ -104,7 +117,7 @@ def test_nothing_is_asked_of_air(brightest: Locked, monkeypatch: pytest.MonkeyPa
         asked.append(n)
         return np.zeros((n, 2))
 
-    monkeypatch.setattr(module, "mean_logits", counted)
+    monkeypatch.setattr(hiding, "mean_logits", counted)
     whole = spotted((128, 128), (60, 40))
     half = replace(whole, pixels=np.where(np.arange(128) < 40, whole.pixels, np.uint16(0)))
     occlusion(brightest, whole)
@@ -118,10 +131,10 @@ def test_the_map_lies_on_the_film_where_the_breast_was(
 ) -> None:
     drawn: dict[str, object] = {}
 
-    def caught(path: Path, pixels: np.ndarray, found: Map, title: str, geometry: Geometry | None) -> None:
+    def caught(path: Path, pixels: np.ndarray, found: Map, title: str, stored: object, geometry: Geometry) -> None:
         drawn.update(pixels=pixels, found=found, geometry=geometry)
 
-    monkeypatch.setattr(module, "draw", caught)
+    monkeypatch.setattr("miram.finetune.explain.draw", caught)
     film = np.full((240, 200), 3, np.uint8)
     rows, columns = np.ogrid[:240, :200]
     breast = ((rows - 120) / 90) ** 2 + ((columns - 199) / 110) ** 2 < 1  # chest wall on the right: it is flipped
@@ -129,7 +142,7 @@ def test_the_map_lies_on_the_film_where_the_breast_was(
     film[150:162, 120:132] = 255
     Image.fromarray(film).save(tmp_path / "film.png")
     with taken([str(tmp_path / "film.png")], brightest.card, Taking()) as (found, _):
-        module.explain(brightest, found[0].shards, 0, tmp_path / "x.png", "film", found[0].film(0))
+        explain(brightest, found[0].shards, 0, tmp_path / "x.png", "film", found[0].film(0))
     geometry, values = drawn["geometry"], drawn["found"].values
     assert isinstance(geometry, Geometry)
     assert geometry.flipped
@@ -145,7 +158,7 @@ def test_the_map_lies_on_the_film_where_the_breast_was(
 def test_pictures_show_image_and_map_side_by_side(brightest: Locked, tmp_path: Path) -> None:
     sample = spotted((300, 200), (220, 60))
     found = occlusion(brightest, sample)
-    module.draw(tmp_path / "map.png", np.asarray(sample.pixels), found, "spotted")
+    draw(tmp_path / "map.png", sample.pixels, found, "spotted", sample.pixels)
     picture = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
     left, right = picture[:, : picture.shape[1] * 2 // 5], picture[:, picture.shape[1] // 2 : picture.shape[1] * 4 // 5]
     orange = [(part[..., 0] - part[..., 2] > 40).sum() for part in (left, right)]
@@ -156,7 +169,7 @@ def test_pictures_show_image_and_map_side_by_side(brightest: Locked, tmp_path: P
 def test_a_map_of_a_mirrored_crop_is_drawn_mirrored_and_in_its_place(tmp_path: Path) -> None:
     film, values = np.arange(40_000, dtype=np.uint16).reshape(200, 200) % 256, np.zeros((4, 4))
     values[3, 0] = 0.5  # at the chest wall, low: on the film at the right edge of the box
-    found = Map(values, "1", 0.9, "1", "worth", 0.02, "", "mass")
+    found, stored = Map(values, SAID, "worth", 0.02, ""), np.ones((100, 100), np.uint16)
     box = {
         "height": 200,
         "width": 200,
@@ -167,8 +180,8 @@ def test_a_map_of_a_mirrored_crop_is_drawn_mirrored_and_in_its_place(tmp_path: P
         "rows": 100,
         "columns": 100,
     }
-    module.draw(tmp_path / "map.png", film, found, "film", Geometry(**box, flipped=True))
-    module.draw(tmp_path / "plain.png", film, found, "film", Geometry(**box, flipped=False))
+    draw(tmp_path / "map.png", film, found, "film", stored, Geometry(**box, flipped=True))
+    draw(tmp_path / "plain.png", film, found, "film", stored, Geometry(**box, flipped=False))
     places = []
     for name in ("map.png", "plain.png"):
         picture = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
@@ -182,11 +195,122 @@ def test_a_map_of_a_mirrored_crop_is_drawn_mirrored_and_in_its_place(tmp_path: P
 
 
 def test_colours_are_clear_where_nothing_changes() -> None:
-    colours = painted(np.array([[0.0, 0.2], [-0.1, 0.0]]), 0.2)
+    colours = painted(np.array([[0.0, 0.2], [-0.1, 0.0]]), 0.2, np.ones((40, 40), np.uint16))
     assert colours[0, 0, 3] == 0
     assert colours[0, -1, 3] == pytest.approx(0.75)
     assert colours[0, -1, 0] > colours[0, -1, 2]
     assert colours[-1, 0, 2] > colours[-1, 0, 0]
+
+
+def test_air_is_not_coloured_however_much_the_squares_reach_into_it() -> None:
+    stored = np.zeros((100, 60), np.uint16)
+    stored[:, :30] = 9
+    for pixels in (stored, np.stack([stored] * 3, axis=2)):
+        alpha = painted(np.full((5, 3), 0.4), 0.4, pixels)[..., 3]
+        middle = alpha.shape[1] // 2
+        assert alpha[:, : middle - 1].min() == pytest.approx(0.75)
+        assert alpha[:, middle + 1 :].max() == 0
+
+
+def test_a_map_without_worth_leaves_the_image_as_it_is(tmp_path: Path) -> None:
+    film, box = (
+        np.full((100, 80), 100, np.uint16),
+        Geometry.crop((100, 80), Region(top=20, left=20, bottom=80, right=60)),
+    )
+    found = Map(np.full((4, 3), 0.01), SAID, "worth", 0.02, "How.")
+    draw(tmp_path / "map.png", film, found, "film", np.ones((60, 40), np.uint16), box)
+    picture = np.asarray(Image.open(tmp_path / "map.png").convert("L"))
+    right = picture[picture.shape[0] // 2, picture.shape[1] // 2 : picture.shape[1] * 7 // 10]
+    assert len(np.unique(right[right < 255])) <= 2  # one grey, and its edge
+    assert found.caption.endswith("No place reaches 0.02, so nothing is coloured.")
+    assert "coloured" not in replace(found, values=np.full((4, 3), -0.03)).caption
+
+
+# ---------------------------------------------------------------------------------------------- what is said
+
+
+def test_the_map_does_not_fade_with_the_temperature(brightest: Locked) -> None:
+    shy = replace(brightest, card=brightest.card.model_copy(update={"temperature": 200.0}))
+    sample = spotted((128, 128), (60, 40))
+    one, other = occlusion(brightest, sample), occlusion(shy, sample)
+    np.testing.assert_array_equal(one.values, other.values)
+    assert not other.empty
+    assert one.said.probability > other.said.probability
+
+
+def test_log_odds_are_those_of_the_probabilities() -> None:
+    logits = np.random.default_rng(0).normal(size=(6, 4))
+    for kind in ("binary", "multiclass", "multilabel", "ordinal"):
+        target = Target("task", kind, ("a", "b") if kind == "binary" else ("a", "b", "c", "d"))
+        given = logits[:, : target.width]
+        for number in range(len(target.classes)):
+            p = target.probabilities(given)[:, number]
+            np.testing.assert_allclose(log_odds(target, given, number), np.log(p / (1 - p)), atol=1e-9)
+    assert log_odds(Target("task", "binary", ("0", "1")), np.array([[0.0, 900.0]]), 1) == [900]
+
+
+def said_by(locked: Locked, kind: Kind, classes: tuple[str, ...], cut: tuple[float, ...], logits: list[float]) -> Said:
+    target = locked.card.target.model_copy(update={"name": "task", "kind": kind, "classes": classes})
+    update = {"target": target, "temperature": 1.0, "thresholds": {"image": cut}}
+    return said_of(replace(locked, card=locked.card.model_copy(update=update)), np.array([logits]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "cut", "logits", "title", "verdict"),
+    [
+        ("binary", "01", (0.492,), [0.02, 0.0], "task = 1: 0.495 (threshold 0.492), decided 1", "task = 1"),
+        ("binary", "01", (0.9,), [0.0, 1.0], "task = 1: 0.731 (threshold 0.900), decided 0", "task = 0"),
+        ("binary", "01", (0.50001,), [0.0, 0.0], "task = 1: 0.500000 (threshold 0.500010), decided 0", "task = 0"),
+        ("multiclass", "abc", (), [0.0, 1.0, 0.0], "task = b: 0.576, decided b", "task = b"),
+        ("ordinal", "123", (), [9.0, -9.0], "task = 2: 1.000, decided 2 (the median)", "task = 2"),
+        (
+            "multilabel",
+            "abc",
+            (0.5, 0.5, 0.5),
+            [1.0, 2.0, -1.0],
+            "b: 0.881 (threshold 0.500), decided yes",
+            "task = a|b",
+        ),
+        ("multilabel", "ab", (0.9, 0.7), [-1.0, 0.0], "b: 0.500 (threshold 0.700), decided no", "task = none"),
+    ],
+)
+def test_a_title_shows_what_was_decided_by_what(
+    brightest: Locked, kind: Kind, classes: str, cut: tuple[float, ...], logits: list[float], title: str, verdict: str
+) -> None:
+    said = said_by(brightest, kind, tuple(classes), cut, logits)
+    assert (said.title, said.verdict) == (title, verdict)
+    assert said.sentence.endswith(f"; decided: {verdict}.")
+
+
+# ---------------------------------------------------------------------------------------------- text in pictures
+
+
+def test_dollars_and_long_names_are_written_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Text, Bbox]] = []
+    saved = Figure.savefig
+
+    def measured(figure: Figure, path: Path, **how: Any) -> None:
+        saved(figure, path, **how)
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        told.extend((text, text.get_window_extent()) for text in texts)
+        told.append((Text(0, 0, "figure"), figure.bbox))
+
+    monkeypatch.setattr(Figure, "savefig", measured)
+    names = ["a$_b$\\frac{.png", "W" * 120, "a_study_with_a_name " * 6]
+    for name, (height, width) in zip(names, ((80, 300), (300, 80), (100, 100)), strict=True):
+        told.clear()
+        film = np.ones((height, width), np.uint16)
+        said = replace(SAID, answer=f"{name} = 1")
+        found = Map(np.ones((4, 4)), said, "what hiding it takes off the log-odds", 0.02, "")
+        draw(tmp_path / "map.png", film, found, name, film)
+        whole = told.pop()[1]
+        left, right = (box for text, box in told if text.get_text()[:1] == name[:1])
+        assert left.x1 < right.x0
+        for _, box in told:
+            assert whole.x0 <= box.x0
+            assert box.x1 <= whole.x1
+            assert whole.y0 <= box.y0
+            assert box.y1 <= whole.y1
 
 
 # ---------------------------------------------------------------------------------------------- tiles
@@ -216,7 +340,24 @@ def test_attention_lies_where_its_tiles_are(run: Path, phantoms: Path, tmp_path:
     assert (found.values[covered] > 0).all()
     assert 0 < found.values.max() < 1
     assert 0 < other.values.max() < 1
-    predict(tmp_path / "run", [str(phantoms)], tmp_path / "found.csv")
+
+
+def test_a_bag_holds_the_judged_rows_alone(run: Path, phantoms: Path, tmp_path: Path) -> None:
+    tiles_of = {"mm_per_pixel": 2.5, "bag": "breast"}
+    lock(tmp_path / "run", phantoms, run.with_name("encoder"), input="tiles", method="linear", tiles=tiles_of)
+    locked, shards = read_locked(tmp_path / "run"), ShardDataset(phantoms)
+    whose = [(row["patient"], row["laterality"]) for row in map(shards.rows.__getitem__, range(len(shards)))]
+    row = next(i for i, name in enumerate(whose) if whose.count(name) > 1)
+    sibling = next(i for i, name in enumerate(whose) if name == whose[row] and i != row)
+    others = np.array([i for i in range(len(shards)) if i != sibling])
+    for rows in (others, others[::-1], np.arange(len(shards)), None):
+        found = attended(locked, shards, row, rows=rows)
+        judged = np.arange(len(shards)) if rows is None else rows
+        told = locked.probabilities(shards, judged)[judged == row]
+        assert found.said.probability == pytest.approx(float(told[0, 1]), abs=1e-6)
+    alone, together = (attended(locked, shards, row, rows=rows).values.sum() for rows in (others, None))
+    assert together < 0.99 * alone
+    explain(locked, shards, row, tmp_path / "map.png", "film", rows=others)
 
 
 def test_overlapping_boxes_share_a_mean() -> None:

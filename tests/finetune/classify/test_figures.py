@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ from made_up_judged import binary_logits, folds_of, judge, labelled, population,
 from matplotlib.figure import Figure
 from PIL import Image
 
-from miram.engine.metrics import Kind, ranking
-from miram.finetune.classify.figures import GRID, claims, draw_figures, lines, shares_of
+from miram.engine.metrics import Estimate, Kind, ranking
+from miram.finetune.classify.figures import GRID, Claims, draw_figures, lines, shares_of
+from miram.finetune.classify.sweep_figure import draw_sweep
 
 DRAWN = {
     "binary": {"roc.png", "pr.png", "calibration.png", "confusion.png"},
@@ -68,12 +71,38 @@ def test_levels_of_one_class_and_labels_nobody_has_are_not_drawn(tmp_path: Path)
     assert {line.name for line in lines(judge(of, logits), section())} == {"mass", "nodes"}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("kind", "truth"), [("binary", [1] * 6), ("binary", [0]), ("multilabel", [[1, 0, 0]] * 4)])
+def test_without_both_classes_there_is_no_curve(tmp_path: Path, kind: Kind, truth: list[Any]) -> None:
+    n = len(truth)
+    of = labelled(kind, truth, [f"p{i}" for i in range(n)])
+    logits = binary_logits(np.linspace(0.1, 0.9, n)) if kind == "binary" else np.zeros((n, 3))
+    drawn = draw_figures(tmp_path, judge(of, logits), section())
+    assert set(drawn) == DRAWN[kind] - {"roc.png", "pr.png"} == {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", list(DRAWN))
+def test_dollars_in_names_are_no_formulas(tmp_path: Path, kind: Kind) -> None:
+    of, logits = population(kind, 8, 0)
+    target = replace(of.target, name="$\\x_$", classes=tuple(f"${i}$\\frac{{" for i in range(len(of.target.classes))))
+    assert draw_figures(tmp_path, judge(replace(of, target=target), logits), section())
+
+
+def test_a_sweep_of_methods_with_dollars_is_drawn(tmp_path: Path) -> None:
+    standing = SimpleNamespace(value=Estimate(0.7, (0.6, 0.8)), by_seed={0: 0.7})
+    for fractions in ((1.0,), (0.1, 1.0)):
+        found: Any = {fraction: {"$\\x_$": standing} for fraction in fractions}
+        draw_sweep(tmp_path / f"{len(fractions)}.png", found, "$\\x_$")
+        assert (tmp_path / f"{len(fractions)}.png").stat().st_size > 1000
+
+
 def test_calibration_asks_what_the_ece_asks() -> None:
     of = labelled("multiclass", [0, 2], ["a", "b"])
-    said, so, owner = claims(
-        judge(of, np.log([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])), np.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])
-    )
-    assert (said.tolist(), so.tolist(), owner.tolist()) == ([0.7, 0.5], [1, 0], [0, 1])
+    shares = np.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])
+    found = Claims.of(judge(of, np.log(shares)), shares)
+    assert (found.said.tolist(), found.so.tolist(), found.owner.tolist()) == ([0.7, 0.5], [1, 0], [0, 1])
+    assert (found.held.tolist(), found.mean.tolist(), found.share.tolist()) == ([7, 10], [0.5, 0.7], [0, 1])
     shares = shares_of(np.array([1, 0, 1]), np.array([3, 3, 5]), np.array([3, 5]), np.array([[1.0, 1, 1], [3, 1, 0]]))
     np.testing.assert_array_equal(shares, [[0.5, 1.0], [0.75, np.nan]])
 

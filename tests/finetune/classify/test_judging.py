@@ -16,7 +16,8 @@ from miram.engine.metrics.delong import delong_interval
 from miram.engine.report import Result
 from miram.finetune.classify.bootstrap import Draws, delong_within
 from miram.finetune.classify.config import ReadoutSection
-from miram.finetune.classify.judging import Judged, figures_of
+from miram.finetune.classify.judged import Judged
+from miram.finetune.classify.judging import figures_of
 from miram.finetune.classify.units import LEVELS
 
 KINDS: tuple[Kind, ...] = ("binary", "multiclass", "ordinal", "multilabel")

@@ -12,7 +12,7 @@ from made_up_judged import folds_of, judge, labelled, population
 from miram.engine.errors import UserError
 from miram.engine.metrics import Kind
 from miram.finetune.classify.config import ReadoutSection
-from miram.finetune.classify.judging import read_predictions, write_predictions
+from miram.finetune.classify.predictions import read_predictions, write_predictions
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "ordinal", "multilabel"])

@@ -175,6 +175,29 @@ def test_the_official_val_patients_choose_where_there_are_some(phantoms: Path, t
     assert found.inner == "the official val patients"
 
 
+def test_a_val_of_one_class_or_without_a_test_does_not_choose(phantoms: Path, tmp_path: Path) -> None:
+    single = np.array(["train"] * 87 + ["val"] * 3 + ["test"] * 30)
+    assert inner_folds(search(phantoms, tmp_path, single).bench, FIT)[1] == "3 inner folds by patient"
+    no_test = np.array(["train"] * 60 + ["val"] * 60)
+    assert inner_folds(search(phantoms, tmp_path, no_test).bench, FIT)[1] == "3 inner folds by patient"
+
+
+def test_classes_that_share_their_patients_make_fewer_folds_and_no_fault(phantoms: Path, tmp_path: Path) -> None:
+    """Three patients, each with images of several classes: no division keeps all of them in what is trained on."""
+    rng = np.random.default_rng(0)
+    for seed in range(60):
+        truth = rng.integers(0, 4, N)
+        truth[:4] = np.arange(4)
+        one = search(phantoms, tmp_path, truth=truth)
+        target = replace(one.bench.labelled.target, kind="multiclass", classes=tuple("abcd"))
+        made = replace(one.bench, labelled=replace(one.bench.labelled, target=target))
+        fit = np.arange(3 * (2 + seed % 4))
+        pairs, said = inner_folds(made, fit)
+        assert said
+        for known, held in pairs:
+            assert not set(made.labelled.patients[known]) & set(made.labelled.patients[held])
+
+
 def test_few_patients_make_fewer_folds_and_one_alone_no_choice(phantoms: Path, tmp_path: Path) -> None:
     one = search(phantoms, tmp_path, search={"folds": 5})
     two_each, single = np.arange(12), np.arange(6)

@@ -10,8 +10,9 @@ from made_up_judged import binary_logits, judge, labelled, population, rows, sec
 
 from miram.data.table import Rows
 from miram.engine.errors import UserError
-from miram.finetune.classify.judging import Judged, check_subgroups, figures_of
-from miram.finetune.classify.subgroups import age_group, groupings, in_order
+from miram.finetune.classify.judged import Judged
+from miram.finetune.classify.judging import figures_of
+from miram.finetune.classify.subgroups import age_group, check_subgroups, groupings, in_order
 
 
 def tables(judged: Judged, index: Rows, **settings: Any) -> dict[str, dict[str, Any]]:

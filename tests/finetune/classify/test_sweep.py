@@ -419,3 +419,25 @@ def test_the_csv_holds_the_same_numbers_in_full(tmp_path: Path) -> None:
     assert float(rows[3]["difference"]) == shown[2]["value"]
     assert (rows[2]["difference"], rows[2]["p"], rows[3]["against"]) == ("", "", "linear")
     assert (rows[3]["adapter_bytes"], rows[3]["head"]) == ("590848", "770")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"method": "full", "search": {"trials": 9}},
+        {"method": "full", "search": {"folds": 5}},
+        {"method": "full", "search": {"lrs": [1e-3]}},
+        {"method": "full", "readout": {"views": "max"}},
+        {"method": "full", "classes": ["1", "0"]},
+    ],
+)
+def test_a_method_that_would_get_more_or_be_asked_something_else_is_refused(
+    entry: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"sweep.methods: full.* differs in finetune\.\w+.*which all methods share"):
+        list(grid(settings(tmp_path, methods=["linear", entry])))
+
+
+def test_other_learning_rates_of_the_same_number_are_a_methods_own_affair(tmp_path: Path) -> None:
+    entry = {"method": "full", "search": {"lrs": [1e-6, 1e-5, 1e-4]}}
+    assert len(list(grid(settings(tmp_path, methods=["linear", entry])))) == 4

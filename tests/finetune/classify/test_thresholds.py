@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from made_up_judged import binary_logits, labelled, population, section
 
-from miram.finetune.classify.judging import choose_thresholds
-from miram.finetune.classify.thresholds import choose_threshold, cut_points
+from miram.finetune.classify.thresholds import choose_threshold, choose_thresholds, cut_points
 from miram.finetune.classify.units import LEVELS, cases
 
 

@@ -180,7 +180,9 @@ def test_every_method_gets_as_many_candidates(phantoms: Path, tmp_path: Path) ->
         assert len(set(one.values)) == 4
         assert list(one.values) == sorted(one.values)
     assert len(one.probing.values) == 4
-    assert tuning(phantoms, tmp_path, search={"lrs": [1e-2, 1e-4]}).values == (1e-4, 1e-2)
+    two = tuning(phantoms, tmp_path, search={"lrs": [1e-2, 1e-4]})
+    assert two.values == (1e-4, 1e-2)
+    assert len(two.probing.values) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"keep": "best", "search": {"folds": 1}}])

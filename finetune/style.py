@@ -1,0 +1,25 @@
+"""How pictures of tuned models look: their colours, long names, and the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import fill
+
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+ACCENT, PALE, FAINT = "#2f6f9f", "#9aa5b1", "#d0d5da"
+BESIDE = ("#c8561b", "#5a5fc0", "#4d8032", "#a83279", "#a3790a")
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text in lines of so many characters, six at most: file names and classes are as long as their owner likes."""
+    return fill(text, width, max_lines=6, placeholder=" …")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG. No text is read as a formula: `$` is part of somebody's name."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
