@@ -78,7 +78,10 @@ def predict(
     encoder: Annotated[str | None, typer.Option(help="Where the encoder lies, if it was moved.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 64,
     bits: Annotated[int | None, typer.Option(min=1, max=16, help="That 16-bit pictures really hold.")] = None,
-    spacing: Annotated[float | None, typer.Option(min=0.001, help="Millimetres a pixel of pictures.")] = None,
+    spacing: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Millimetres a pixel of pictures, and of DICOM files that do not say it."),
+    ] = None,
     any_modality: Annotated[bool, typer.Option("--any-modality", help="Take other modalities than MG.")] = False,
     for_processing: Annotated[bool, typer.Option("--for-processing", help="Take raw images, too.")] = False,
     burned_in: Annotated[bool, typer.Option("--burned-in", help="Take images with text on the breast.")] = False,

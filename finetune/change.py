@@ -1,10 +1,12 @@
 """What a locked model's figures changed by, from its run's own test to another set.
 
 Two sets without a patient in common are independent, and so are their bootstrap samples: the interval of the figure
-that leads is that of the differences of samples. With patients in common no difference has an interval. Of other figures and of subgroups only intervals are known; theirs are combined (Zou and Donner
-2008): of estimates a in [l, u] and b in [L, U], a - b lies in
+that leads is that of the differences of samples. Of other figures and of subgroups only intervals are known; theirs are
+combined (Zou and Donner 2008): of estimates a in [l, u] and b in [L, U], a - b lies in
 
     [a - b - sqrt((a - l)^2 + (U - b)^2),  a - b + sqrt((u - a)^2 + (b - L)^2)]
+
+With patients in common no difference has an interval.
 """
 
 from __future__ import annotations

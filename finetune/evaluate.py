@@ -27,7 +27,7 @@ from ..engine.files import read_json
 from ..engine.run import RESULT, Run, open_run
 from ..pretrain.weights.loading import read_provenance
 from .change import against, hashed
-from .classify.cards import ModelCard
+from .classify.cards import ModelCard, other_settings
 from .classify.config import FinetuneSection
 from .classify.figures import draw_figures
 from .classify.judged import Judged
@@ -230,9 +230,9 @@ def notes(locked: Locked, shards: ShardDataset, labelled: Labelled, settings: Ev
     card = locked.card
     lines = [
         f"Model {locked.digest[:16]}, trained on {counted(card.trained_on.images, 'image')} of "
-        f"{counted(card.trained_on.patients, 'patient')}, with its temperature ({card.temperature:.3g}) and thresholds as they were locked. None of these "
-        "patients is among its own, as far as hashed ids tell: a patient under another key or data set's name has "
-        "other ids."
+        f"{counted(card.trained_on.patients, 'patient')}, with its temperature ({card.temperature:.3g}) and thresholds "
+        "as they were locked. None of these patients is among its own, as far as hashed ids tell: a patient under "
+        "another key or data set's name has other ids."
     ]
     if settings.data.task not in (None, card.target.name):
         lines.append(f"The label {settings.data.task!r} of these images was taken as {card.target.name!r}.")
@@ -242,7 +242,5 @@ def notes(locked: Locked, shards: ShardDataset, labelled: Labelled, settings: Ev
     data = read_provenance(settings.encoder or card.encoder).get("data", [])
     if {(one["dataset"], one["records"]) for one in data} & records_of(shards):
         lines.append("The encoder was pretrained on this data set, without labels.")
-    differing = (how for how in (m.get("preprocessing", {}) for m in shards.manifests) if how not in card.preprocessing)
-    if any(True for _ in differing):
-        lines.append("These images were ingested with other settings than those of the training (manifest.json).")
-    return lines
+    ingested = {f"{m['dataset']}: {told}." for m in shards.manifests if (told := other_settings(card, m))}
+    return [*lines, *sorted(ingested)]

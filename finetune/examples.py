@@ -12,6 +12,7 @@ from .classify.config import ReadoutSection
 from .classify.judged import Judged
 from .classify.locked import Locked
 from .explain import explain
+from .said import answered
 
 
 def explained(
@@ -23,8 +24,8 @@ def explained(
         name, row = f"explained-{number}.png", int(judged.labelled.rows[image])
         key, rows = str(judged.labelled.keys[image]), judged.labelled.rows
         said = explain(locked, shards, row, folder / name, key, None, batch_size, rows)
-        label = judged.labelled.target.named(judged.labelled.truth[image], locked.card.target.separator)
-        captions[name] = f"{said} Its label: {label or 'none'}.{note}"
+        label = locked.target.named(judged.labelled.truth[image], locked.card.target.separator)
+        captions[name] = f"{said} Its label: {answered(locked.target, label)}.{note}"
     return captions
 
 

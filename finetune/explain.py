@@ -1,7 +1,7 @@
 """Where a model looks: a map of what an image's decision rests on, drawn over the image.
 
-Of frames it is what changes when a part is hidden (saliency/occlusion.py), of tiles the attention that the model itself gave
-them (saliency/attention.py).
+Of frames it is what changes when a part is hidden (saliency/occlusion.py), of tiles the attention that the model itself
+gave them (saliency/attention.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from ..engine.metrics import chance
-from .style import ACCENT, BESIDE, FAINT, PALE, save, wrapped
+from .style import ACCENT, BESIDE, FAINT, PALE, fitted, save
 from .task import Task
 from .trial import Contestant, Probed
 
@@ -53,7 +53,7 @@ def draw_roc(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
         width = 2 if p.encoder.role == "first" else 1
         axis.plot(fpr, tpr, color=colour[p.encoder], linewidth=width, label=name or None)
     axis.plot([0, 1], [0, 1], color=FAINT, linestyle=":")
-    of = wrapped(f"sensitivity for {task.name} = {task.classes[1]}", 44)
+    of = fitted(f"sensitivity for {task.name} = {task.classes[1]}", 2.4, 10)
     axis.set(xlabel="1 - specificity", ylabel=of, aspect="equal")
     folds = len(np.unique(probed[0].judgement.fold))
     axis.set_title(probed[0].method + f", {folds} folds pooled" * (folds > 1), fontsize=9)
@@ -71,7 +71,7 @@ def draw_confusion(axis: Axes, task: Task, probed: Probed) -> None:
         colour = "white" if share > 0.55 else "black"
         axis.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour)
     axis.set(xticks=ticks, yticks=ticks, xticklabels=task.classes, yticklabels=task.classes)
-    axis.set(xlabel="judged", ylabel=f"true {task.name}")
+    axis.set(xlabel="judged", ylabel=fitted(f"true {task.name}", 2.4, 10))
     axis.set_title(f"{probed.method}, {probed.encoder.name} encoder", fontsize=9)
 
 
@@ -86,7 +86,7 @@ def draw_folds(axis: Axes, task: Task, probed: Sequence[Probed]) -> None:
         axis.hlines(place, *p.estimate.interval, color=colour[p.encoder], linewidth=1)
     axis.axvline(chance(task.metric, len(task.classes)), color=FAINT, linestyle=":")
     axis.set_yticks(places, [p.encoder.name for p in ordered], fontsize=8)
-    axis.set(ylim=(max(places) + 0.7, -0.7 - (len(methods) > 1)), xlabel=f"{task.metric}, {task.name}")
+    axis.set(ylim=(max(places) + 0.7, -0.7 - (len(methods) > 1)), xlabel=fitted(f"{task.metric}, {task.name}", 3, 10))
     axis.spines[["top", "right"]].set_visible(False)
     for method in methods if len(methods) > 1 else []:
         row = places[[p.method for p in ordered].index(method)] - 0.75

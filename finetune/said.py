@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..engine.metrics import Floats
 from .classify.config import Level
 from .classify.locked import Locked
+from .classify.targets import Target
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Said:
         probability: of that class.
         threshold: from which on it is decided; None where classes compete.
         short: the decision on that class.
-        verdict: the whole decision, as "mass = 1".
+        verdict: the whole decision, as "mass = 1"; of labels all that are there.
     """
 
     number: int
@@ -56,19 +57,21 @@ def said_of(locked: Locked, logits: Floats) -> Said:
     """What is said of an image with these (1, w) logits."""
     target, thresholds = locked.target, locked.card.thresholds["image"]
     probabilities = target.probabilities(logits, locked.card.temperature)
-    decided, verdict = locked.decide(probabilities)[0], decision(locked, probabilities)[0]
+    decided, name = locked.decide(probabilities)[0], decision(locked, probabilities)[0]
     if target.kind == "multilabel":
         number = int((probabilities[0] - thresholds).argmax())
-        answer, short = target.classes[number], "yes" if decided[number] else "no"
+        short = "yes" if decided[number] else "no"
     else:
         number = 1 if target.kind == "binary" else int(decided)
-        answer, short = (
-            f"{target.name} = {target.classes[number]}",
-            verdict + " (the median)" * (target.kind == "ordinal"),
-        )
-    threshold = {"binary": thresholds[:1], "multilabel": thresholds[number : number + 1]}.get(target.kind, ())
-    told = float(probabilities[0, number])
-    return Said(number, answer, told, *(threshold or (None,)), short, f"{target.name} = {verdict or 'none'}")
+        short = f"{name} (the median)" if target.kind == "ordinal" else name
+    threshold = thresholds[number % len(thresholds)] if thresholds else None  # of two classes there is one
+    answer, told = answered(target, target.classes[number]), float(probabilities[0, number])
+    return Said(number, answer, told, threshold, short, answered(target, name))
+
+
+def answered(target: Target, name: str) -> str:
+    """An answer with what it answers: "mass = 1"; labels speak for themselves."""
+    return (name or "none") if target.kind == "multilabel" else f"{target.name} = {name}"
 
 
 def decision(locked: Locked, probabilities: Floats, level: Level = "image") -> list[str]:

@@ -7,6 +7,7 @@ from textwrap import fill
 
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 
 ACCENT, PALE, FAINT = "#2f6f9f", "#9aa5b1", "#d0d5da"
 BESIDE = ("#c8561b", "#5a5fc0", "#4d8032", "#a83279", "#a3790a")
@@ -17,9 +18,15 @@ def wrapped(text: str, width: int) -> str:
     return fill(text, width, max_lines=6, placeholder=" …")
 
 
+def fitted(text: str, inches: float, size: float) -> str:
+    """Text of a font size in lines that are about so wide, however wide its letters are."""
+    letters = TextPath((0, 0), text.replace("$", "S"), size).get_extents().width / 72
+    return wrapped(text, max(8, int(inches / letters * len(text)))) if letters > inches else text
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG. No text is read as a formula: `$` is part of somebody's name."""
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+        text.set_parse_math(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -35,11 +35,11 @@ def probabilities(kind: Kind, logits: NDArray[np.floating], temperature: float =
 
 def _scores(kind: Kind, logits: NDArray[np.floating]) -> Floats:
     """What a temperature divides: (m, w) logits, or on an ordered scale (m, k) logarithms of class probabilities."""
-    logits = logits.astype(np.float64)
+    x: Floats = logits.astype(np.float64)
     if kind != "ordinal":
-        return logits
-    reached = np.cumsum(np.pad(log_expit(logits), ((0, 0), (1, 0))), axis=1)
-    return np.asarray(reached + np.pad(log_expit(-logits), ((0, 0), (0, 1))))
+        return x
+    reached = np.cumsum(np.pad(log_expit(x), ((0, 0), (1, 0))), axis=1)
+    return np.asarray(reached + np.pad(log_expit(-x), ((0, 0), (0, 1))))
 
 
 def _log_probabilities(kind: Kind, scores: Floats) -> Floats:

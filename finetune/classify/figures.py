@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,12 +41,13 @@ def draw_figures(folder: Path, judged: Judged, section: FinetuneSection, seed: i
         seed: of the bands.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    kind = judged.labelled.target.kind
     curves: dict[str, Draw] = {"roc": draw_roc, "pr": draw_pr}
+    if kind in ("binary", "multilabel") and not lines(judged, section):  # a curve takes both classes
+        curves = {}
     confusion: dict[str, Draw] = {"confusion": draw_confusion}
     of_kind: dict[Kind, dict[str, Draw]] = {"binary": curves | confusion, "multilabel": curves}
-    pictures = of_kind.get(judged.labelled.target.kind, confusion) | {"calibration": draw_calibration}
-    if not lines(judged, section):  # a curve takes both classes
-        pictures = {name: draw for name, draw in pictures.items() if name not in curves}
+    pictures = of_kind.get(kind, confusion) | {"calibration": draw_calibration}
     return {f"{name}.png": draw(folder / f"{name}.png", judged, section, seed) for name, draw in pictures.items()}
 
 
@@ -71,6 +73,11 @@ class Line:
         return 2.2 if self.leads else 1.2
 
     @property
+    def banded(self) -> bool:
+        """Whether a band is drawn: for what leads, and not of one patient."""
+        return self.leads and len(np.unique(self.patients)) > 1
+
+    @property
     def once(self) -> Floats:
         """(1, m) weights of the cases as they are."""
         return np.ones((1, len(self.truth)))
@@ -93,11 +100,11 @@ class Line:
         """(2, x) the 95 % interval of the sensitivity at each false positive rate."""
         draws = Draws.of(self.truth, self.patients, DRAWN, seed)
         drawn = np.concatenate([self.sensitivity(weights) for weights in draws.weights(self.patients)])
-        return np.asarray(np.nanpercentile(drawn, [2.5, 97.5], axis=0))
+        return interval(drawn)
 
 
 def lines(judged: Judged, section: FinetuneSection) -> list[Line]:
-    """A line a level that has both classes; of several labels a line each, the most frequent first."""
+    """A line a level that has both classes to compare; of several labels a line each, the most frequent first."""
     target, found = judged.labelled.target, list[Line]()
     for level in LEVELS if target.kind == "binary" else (section.headline,):
         of = judged.cases(level, section.readout)
@@ -107,10 +114,16 @@ def lines(judged: Judged, section: FinetuneSection) -> list[Line]:
             labels = zip(target.classes, of.truth.T, of.probabilities.T, decided.T, strict=True)
             answers = sorted(labels, key=lambda label: -label[1].sum())
         for name, truth, score, said in answers:
-            if len(np.unique(truth)) == 2 and len(found) < len(COLOURS):
+            if comparable(truth, folds) and len(found) < len(COLOURS):
                 leads = target.kind == "binary" and level == section.headline
                 found.append(Line(name, COLOURS[len(found)], leads, truth, score, said, of.patients, folds))
     return found
+
+
+def comparable(truth: Ints, folds: Ints | None) -> bool:
+    """Whether there is a positive and a negative, in one fold if scores are compared within folds alone."""
+    groups = np.zeros_like(truth) if folds is None else folds
+    return any(len(np.unique(truth[groups == group])) == 2 for group in np.unique(groups))
 
 
 def draw_roc(path: Path, judged: Judged, section: FinetuneSection, seed: int) -> str:
@@ -119,7 +132,7 @@ def draw_roc(path: Path, judged: Judged, section: FinetuneSection, seed: int) ->
     drawn = lines(judged, section)
     for line in drawn:
         auc = ranking.auc(line.truth, line.score, line.once, line.folds)[0]
-        if line.leads:
+        if line.banded:
             axis.fill_between(GRID, *line.band(seed), color=line.colour, alpha=0.15, linewidth=0)
         curve = line.sensitivity(line.once)[0]
         axis.plot(
@@ -136,7 +149,7 @@ def draw_roc(path: Path, judged: Judged, section: FinetuneSection, seed: int) ->
     save(figure, path)
     band = f" The band: 95 % interval for {PLURAL[section.headline]}, by bootstrap samples of patients."
     within = " A curve is the mean over folds, so that its area is the AUC within folds; dots need not lie on it."
-    return f"ROC curves {of_what(judged, section, drawn)}{band * any(x.leads for x in drawn)}{within * judged.grouped}"
+    return f"ROC curves {of_what(judged, section, drawn)}{band * any(x.banded for x in drawn)}{within * judged.grouped}"
 
 
 def draw_pr(path: Path, judged: Judged, section: FinetuneSection, seed: int) -> str:
@@ -223,7 +236,7 @@ def bins_of(above: Axes, below: Axes, claims: Claims, name: str, colour: str) ->
     many = np.bincount(claims.bins)[claims.held]
     above.plot(claims.mean, claims.share, color=colour, linewidth=0.8)
     above.scatter(claims.mean, claims.share, 12 + 150 * many / many.sum(), color=colour, label=name, zorder=3)
-    shape = "stepfilled" if name == "after" else "step"
+    shape: Literal["stepfilled", "step"] = "stepfilled" if name == "after" else "step"
     below.hist(claims.said, BINS, range=(0, 1), color=colour, histtype=shape, linewidth=1.6)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,16 +80,9 @@ def write_predictions(path: Path, judged: Judged, separator: str = "|") -> None:
     for j, image in enumerate(which.tolist()):
         who = labelled.keys[image], labelled.patients[image], labelled.breasts[image]
         numbers = (*judged.probabilities[j].tolist(), *judged.logits[j].tolist())
-        said = named(classes, decided[j], separator)
-        table.writerow([*who, named(classes, truth[j], separator), judged.fold[j], *numbers, said])
+        so, said = (labelled.target.named(answer[j], separator) for answer in (truth, decided))
+        table.writerow([*who, so, judged.fold[j], *numbers, said])
     write_atomic(path, buffer.getvalue())
-
-
-def named(classes: Sequence[str], answer: Ints, separator: str) -> str:
-    """The name of a class, or those of a 0/1 row joined."""
-    if np.ndim(answer) == 0:
-        return classes[int(answer)]
-    return separator.join(name for name, has in zip(classes, answer, strict=True) if has)
 
 
 def check_numbers(patients: NDArray[np.str_], fold: Ints, *numbers: Floats) -> None:

@@ -1,7 +1,7 @@
 """What changes when a part of the image is hidden (Zeiler and Fergus 2014).
 
-A square of tissue is replaced by the tissue's mean around it, with soft edges so that nothing new is drawn. Its worth is
-what that takes off the log-odds of a class. Temperature does not enter: it would shrink every change alike.
+A square of tissue is replaced by the tissue's mean around it, with soft edges so that nothing new is drawn. Its worth
+is what that takes off the log-odds of a class. Temperature does not enter: it would shrink every change alike.
 
 Legend: K frames of an image, C channels, H and W of a frame, r and c rows and columns of a map, n images, w outputs.
 """

@@ -20,12 +20,12 @@ from scipy import ndimage
 from ...data.geometry import Geometry, area_resize
 from ...data.record import Pixels
 from ...engine.metrics import Floats
-from ..style import ACCENT, BESIDE, save, wrapped
+from ..style import ACCENT, BESIDE, fitted, save
 from .worth import Map
 
 LONGEST = 900  # pixels of a picture's longest side
 FINE = 512  # at least so many cells along a painted map, that it ends where the tissue ends
-TITLE = 40  # characters above a picture
+TITLE = 3.1  # inches above a picture
 COLOURS = LinearSegmentedColormap.from_list("for and against", [ACCENT, "#f4f4f4", BESIDE[0]])
 
 
@@ -46,13 +46,13 @@ def draw(path: Path, pixels: Pixels, found: Map, title: str, stored: Pixels, geo
     left, right = figure.subplots(1, 2)
     for axis, above in ((left, title), (right, found.said.title)):
         show(axis, pixels)
-        axis.set_title(wrapped(above, TITLE), fontsize=8)
+        axis.set_title(fitted(above, TITLE, 8), fontsize=8)
     most = max(found.faintest, float(np.abs(found.values).max()))
     if not found.empty:
         lay(right, painted(found.values, most, stored), geometry)
     bar = figure.colorbar(ScalarMappable(Normalize(-most, most), COLOURS), ax=right, shrink=0.6, pad=0.02)
     bar.ax.set_ylim(-most if found.values.min() < 0 else 0, most)
-    bar.set_label(wrapped(found.scale, int(8 * tall)), fontsize=7)
+    bar.set_label(fitted(found.scale, 0.55 * tall, 7), fontsize=7)
     bar.ax.tick_params(labelsize=7)
     save(figure, path)
 

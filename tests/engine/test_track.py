@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from miram.engine import track
-from miram.engine.track import Tracker, duration, peak_memory_bytes, reset_peak_memory
+from miram.engine.track import Meter, Tracker, duration, peak_memory_bytes, reset_peak_memory
 
 LINE = {"step": 120.0, "loss": 0.61234, "lr": 1.2e-4, "images_per_s": 58.4, "data_wait": 0.031}
 LINE["peak_memory_bytes"] = 1.94e9
@@ -57,6 +57,16 @@ def test_rate_and_wait_are_shares_of_the_time_that_was_training(clock: Clock) ->
     assert figures["images_per_s"] == pytest.approx(4 * 8 / 16)
     assert figures["data_wait"] == pytest.approx(1 / 4)
     assert figures["peak_memory_bytes"] > 2**20
+
+
+def test_a_meter_foretells_nothing_before_the_first_item(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Meter("films", 60) as meter:
+        clock.passes(100)
+        meter.reach(0)
+        assert capsys.readouterr().err == ""
+        clock.passes(20)
+        meter.reach(20)
+    assert capsys.readouterr().err == "films: 20/60, 0.2/s, 4 min left\n"
 
 
 def test_figures_are_since_they_were_last_asked(clock: Clock) -> None:

@@ -15,11 +15,13 @@ from sklearn.metrics import roc_auc_score
 from miram.data.phantom import PhantomSettings
 from miram.data.shards import ShardDataset
 from miram.data.sources.phantom import make_phantoms
+from miram.engine import command
 from miram.engine.errors import UserError
 from miram.engine.report import write_report
-from miram.finetune.change import combined
+from miram.finetune.change import combined, own_test
+from miram.finetune.classify.config import FinetuneConfig
 from miram.finetune.classify.locked import read_locked
-from miram.finetune.evaluate import configured, evaluate
+from miram.finetune.evaluate import configured, evaluate, usage
 
 QUICK = ["--replicates=60", "--explain=1"]
 
@@ -152,18 +154,102 @@ def test_labels_that_the_model_does_not_know_are_left_out_and_counted(
     assert any(told in note for note in result["notes"])
     assert result["differences"] == []
     assert any("predictions.csv is not there" in note for note in result["notes"])
+    assert str(tmp_path) not in (folder / "result.json").read_text()
 
 
 def test_a_task_of_another_name_and_what_is_not_there(run: Path, other: Path) -> None:
     with pytest.raises(UserError, match="no label 'cancer'"):
         evaluate(str(run), [f"--data.shards={other}", "--data.task=cancer"])
-    with pytest.raises(UserError, match=r"finetune\.classes"):
+    with pytest.raises(UserError, match=r"model knows \(0, 1\); name another label with data\.task"):
         evaluate(str(run), [f"--data.shards={other}", "--data.task=density"])
+    with pytest.raises(UserError, match="not binary, as the model's"):
+        evaluate(str(run), [f"--data.shards={other}", "--data.task=mass,calc"])
     with pytest.raises(UserError, match=r"--data\.shards"):
         evaluate(str(run), [])
     with pytest.raises(UserError, match="dats is not a known key"):
         evaluate(str(run), [f"--dats={other}"])
-    with pytest.raises(UserError, match="subgroups"):
+    with pytest.raises(UserError, match=r"data\.shard is not a known key; did you mean 'data\.shards'"):
+        evaluate(str(run), [f"--data.shard={other}"])
+    with pytest.raises(UserError, match=r"^subgroups: the data has no column or label 'nothing'"):
         evaluate(str(run), [f"--data.shards={other}", "--subgroups=[nothing]"])
+    with pytest.raises(UserError, match=r"write a list, as --subgroups=\[site\]"):
+        evaluate(str(run), [f"--data.shards={other}", "--subgroups=site"])
+    with pytest.raises(UserError, match="the run is named first"):
+        evaluate(str(run), [f"--data.shards={other}", "--run=elsewhere"])
     folder = configured(str(run), [f"--data.shards={other}", "--data.task=calc", "--data.split=test"]).out
     assert folder == str(run / "evaluations" / "site-test-calc")
+
+
+def test_the_folder_of_the_model_stands_for_its_run_and_a_copy_of_it_needs_another_place(
+    run: Path, other: Path, tmp_path: Path
+) -> None:
+    arguments = [f"--data.shards={other}"]
+    assert configured(str(run / "model"), arguments) == configured(str(run), arguments)
+    copy = shutil.copytree(run / "model", tmp_path / "model")
+    with pytest.raises(UserError, match="without its run: name a folder for the evaluation with --out"):
+        evaluate(str(copy), arguments)
+    assert configured(str(copy), [*arguments, "--out=there"]).out == "there"
+
+
+def test_the_help_lists_what_is_used() -> None:
+    listed = [line.split()[0] for line in usage().splitlines() if line.startswith("  --")]
+    data = ["--data.shards", "--data.split", "--data.split_file", "--data.fold", "--data.task"]
+    assert [key for key in listed if key.startswith("--data")] == data
+    assert "--run" not in listed
+    assert "--out  str | null  [null]" in usage()
+
+
+def test_no_meaning_of_a_key_begins_at_the_margin() -> None:
+    _, told = command.usage("miram finetune", FinetuneConfig).split("keys (items")
+    assert [line for line in told.splitlines()[1:] if not line.startswith("  ")] == []
+
+
+def test_on_the_own_test_differences_are_zero_and_have_no_interval(run: Path, phantoms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    evaluate(str(run), [f"--data.shards={phantoms}", "--data.split=test", f"--out={out}", "--explain=0", QUICK[0]])
+    result = json.loads((out / "result.json").read_text())
+    assert [(row["value"], row["interval"]) for row in result["differences"]] == [(0, None)] * 3
+    gaps = [row[-1] for table in result["tables"] if table["columns"][-1] == "here - own test" for row in table["rows"]]
+    assert {(gap["value"], gap["interval"]) for gap in gaps if gap} == {(0, None)}
+    assert any("patients of this set are in the run's own test" in note for note in result["notes"])
+
+
+def test_a_label_of_another_name_is_taken_as_what_the_model_predicts(run: Path, other: Path, tmp_path: Path) -> None:
+    out = tmp_path / "calc"
+    evaluate(str(run), [f"--data.shards={other}", "--data.task=calc", f"--out={out}", "--explain=0", QUICK[0]])
+    result = json.loads((out / "result.json").read_text())
+    locked, shards = read_locked(run), ShardDataset(other)
+    truth = np.array(shards.rows.column("label_calc"), int)
+    p = locked.probabilities(shards, np.arange(len(shards)))[:, 1]
+    assert (result["task"], result["value"]) == ("mass", pytest.approx(roc_auc_score(truth, p)))
+    assert "The label 'calc' of these images was taken as 'mass'." in result["notes"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("p_1,", "p_malignant,", "predictions.csv is of the classes '0', 'malignant', and the model of '0', '1'"),
+        ("decision\n", "decision\n" * 2, "damaged"),
+        (None, None, "holds 5 images, and result.json is of 24"),
+        (",0,0.", ",7,0.", "a patient is in several folds"),
+    ],
+)
+def test_a_touched_run_is_no_comparison(run: Path, tmp_path: Path, old: str | None, new: str, said: str) -> None:
+    for name in ("result.json", "predictions.csv"):
+        shutil.copy(run / name, tmp_path / name)
+    path = tmp_path / "predictions.csv"
+    text = path.read_text()
+    path.write_text("".join(text.splitlines(True)[:6]) if old is None else text.replace(old, new, 1))
+    with pytest.raises(UserError, match=said):
+        own_test(tmp_path, read_locked(run).card)
+
+
+def test_a_result_without_tables_leaves_the_differences(run: Path, other: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
+    content = json.loads((copy / "result.json").read_text())
+    del content["tables"], content["metric"]
+    (copy / "result.json").write_text(json.dumps(content))
+    folder = evaluate(str(copy), [f"--data.shards={other}", "--explain=0", QUICK[0]]).folder
+    result = json.loads((folder / "result.json").read_text())
+    assert len(result["differences"]) == 3
+    assert not any("own test" in column for table in result["tables"] for column in table["columns"])

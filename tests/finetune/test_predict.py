@@ -13,11 +13,13 @@ import pytest
 from dicoms import mammogram, save, write_dicom
 from lockables import lock, write_encoder
 from PIL import Image
+from respaced import changed
 
 from miram.data.phantom import PhantomSettings, render
 from miram.data.shards import ShardDataset
 from miram.engine.errors import RunFailed, UserError
-from miram.finetune.classify.locked import read_locked
+from miram.finetune.classify.locked import Locked, read_locked
+from miram.finetune.explain import explain
 from miram.finetune.films import Taking
 from miram.finetune.predict import predict
 
@@ -107,8 +109,37 @@ def test_every_film_gets_a_picture_of_its_own(run: Path, tmp_path: Path) -> None
     pictures = {image["file"]: image["picture"] for image in images}
     assert list(pictures) == [str(name) for name in names]
     assert len(set(pictures.values())) == 3
-    assert pictures[str(names[0])] == "film.png"
-    assert {path.name for path in (tmp_path / "maps").iterdir()} == set(pictures.values())
+    assert pictures[str(names[0])] == "film-map.png"
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {*pictures.values(), "maps.csv"}
+    listed = {row["picture"]: row["file"] for row in rows_of((tmp_path / "maps" / "maps.csv").read_text())}
+    assert listed == {picture: file for file, picture in pictures.items()}
+
+
+def test_films_stay_as_they_are_when_pictures_go_into_their_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = save_png(tmp_path / "film.png", 0, "L", "CC")
+    content = film.read_bytes()
+    for _ in range(2):
+        predict(run, [str(film)], tmp_path / "found.csv", tmp_path, taking=TWELVE)
+    assert film.read_bytes() == content
+    save_png(tmp_path / "film-map.png", 1, "L", "CC")
+    monkeypatch.setattr(Locked, "probabilities", None)  # what is refused, is before hours of judging
+    with pytest.raises(UserError, match=r"film-map\.png is one of the images"):
+        predict(run, [str(tmp_path)], tmp_path / "found.csv", tmp_path, taking=TWELVE)
+
+
+def test_figures_are_written_before_pictures_which_may_fail(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("no picture")
+
+    monkeypatch.setattr("miram.finetune.predict.explain", broken)
+    film = save_png(tmp_path / "x_$y$_z.png", 0, "L", "CC")
+    with pytest.raises(ValueError, match="no picture"):
+        predict(run, [str(film)], tmp_path / "found.csv", tmp_path / "maps", taking=TWELVE)
+    assert len(rows_of((tmp_path / "found.csv").read_text())) == 1
 
 
 def test_breasts_and_patients_are_told_where_headers_know_them(run: Path, tmp_path: Path) -> None:
@@ -145,12 +176,15 @@ def test_unreadable_files_are_listed_with_their_reason_and_the_others_judged(
     del without.PixelData
     save(films / "empty.dcm", without)
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(films / "black.png")
+    (films / "garbage.dcm").write_bytes(bytes(128) + b"DICM" + b"garbage " * 40)
     (films / "notes.txt").write_text("not even meant to be one")
     predict(run, [str(films)], tmp_path / "found.json", taking=TWELVE)
     found = json.loads((tmp_path / "found.json").read_text())
     assert [Path(image["file"]).name for image in found["images"]] == ["good.png"]
     reasons = {Path(one["file"]).name: one["reason"] for one in found["left_out"]}
-    assert set(reasons) == {"text.png", "colour.png", "empty.dcm", "black.png"}
+    assert set(reasons) == {"text.png", "colour.png", "empty.dcm", "black.png", "garbage.dcm"}
+    assert "modality" not in reasons["garbage.dcm"]
+    assert "get it again" in reasons["garbage.dcm"]
     assert "colour" in reasons["colour.png"]
     assert "--channels" not in reasons["colour.png"]
     errors = capsys.readouterr().err
@@ -249,4 +283,65 @@ def test_tiles_want_a_resolution_and_say_so_of_each_film(
     found = tmp_path / "found.json"
     predict(tmp_path / "run", [str(film)], found, tmp_path / "maps", taking=Taking(bits=12, spacing_mm=2.5))
     assert len(json.loads(found.read_text())["images"]) == 1
-    assert (tmp_path / "maps" / "film.png").stat().st_size > 5000
+    assert (tmp_path / "maps" / "film-map.png").stat().st_size > 5000
+
+
+def test_films_do_not_take_the_spacing_that_was_stated_of_the_training_data(
+    phantoms: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiles = {"mm_per_pixel": 2.5, "spacing_mm": 2.5}
+    lock(tmp_path / "run", phantoms, run.with_name("encoder"), input="tiles", method="linear", tiles=tiles)
+    films = [save_png(tmp_path / "film.png", 3, "L", "CC")]
+    films.append(save_dicom(tmp_path / "film.dcm", 3, "L", "CC", ImagerPixelSpacing=None))
+    with pytest.raises(RunFailed, match="none of the 2"):
+        predict(tmp_path / "run", [str(film) for film in films], taking=TWELVE)
+    assert capsys.readouterr().err.count("say it with --spacing") == 2
+    predict(tmp_path / "run", [str(film) for film in films], taking=Taking(bits=12, spacing_mm=2.5))
+    said = capsys.readouterr()
+    png, dicom = rows_of(said.out)
+    assert float(png["p_1"]) == pytest.approx(float(dicom["p_1"]), abs=2e-6)
+    assert "1 of 2 images do not say whose breast they show" in said.err
+
+
+def test_a_data_set_is_judged_without_images_of_unknown_spacing_and_the_map_is_of_those_that_were(
+    phantoms: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = {"mm_per_pixel": 2.5, "spacing_mm": 2.5}
+    lock(tmp_path / "run", phantoms, run.with_name("encoder"), input="tiles", method="linear", tiles=tiles)
+    foreign = changed(phantoms, tmp_path / "foreign", {1: "", 4: "2.7"}, "foreign")
+    asked = []
+
+    def counted(*arguments: object, rows: np.ndarray) -> str:
+        asked.append((arguments[2], rows.tolist()))
+        return explain(*arguments, rows=rows) if arguments[2] == 0 else ""  # type: ignore[arg-type]
+
+    monkeypatch.setattr("miram.finetune.predict.explain", counted)
+    predict(tmp_path / "run", [str(tmp_path / "foreign")], tmp_path / "found.json", tmp_path / "maps")
+    found, judged = json.loads((tmp_path / "found.json").read_text()), [*range(48)]
+    judged = [row for row in judged if row not in (1, 4)]
+    keys = foreign.rows.column("key")
+    assert [image["file"] for image in found["images"]] == [keys[row] for row in judged]
+    reasons = {one["file"]: one["reason"] for one in found["left_out"]}
+    assert "--spacing" not in reasons[keys[1]]
+    assert "ingest it again with its spacing" in reasons[keys[1]]
+    assert "2.7 mm a pixel, coarser" in reasons[keys[4]]
+    assert asked == [(row, judged) for row in judged]
+
+
+def test_films_that_are_to_be_brought_to_a_spacing_need_one(
+    phantoms: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from miram.data.derive import derive
+    from miram.data.geometry import Size
+
+    derive(str(phantoms), tmp_path / "coarse", Size(spacing_mm=5.0), packed=False, workers=1)
+    lock(tmp_path / "run", tmp_path / "coarse", run.with_name("encoder"))
+    stored = trained_as(tmp_path / "run", tmp_path / "coarse").values()
+    films = [save_png(tmp_path / "film.png", 3, "R", "CC")]
+    films.append(save_dicom(tmp_path / "film.dcm", 3, "R", "CC", ImagerPixelSpacing=None))
+    with pytest.raises(RunFailed):
+        predict(tmp_path / "run", [str(film) for film in films], taking=TWELVE)
+    assert capsys.readouterr().err.count("its spacing is unknown, and the model wants one; say it with --spacing") == 2
+    predict(tmp_path / "run", [str(film) for film in films], taking=Taking(bits=12, spacing_mm=2.5))
+    for row in rows_of(capsys.readouterr().out):
+        assert min(abs(float(row["p_1"]) - p) for p in stored) < 2e-6

@@ -72,13 +72,30 @@ def test_levels_of_one_class_and_labels_nobody_has_are_not_drawn(tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("kind", "truth"), [("binary", [1] * 6), ("binary", [0]), ("multilabel", [[1, 0, 0]] * 4)])
-def test_without_both_classes_there_is_no_curve(tmp_path: Path, kind: Kind, truth: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "truth", "fold"),
+    [
+        ("binary", [1] * 6, 0),
+        ("binary", [0], 0),
+        ("binary", [0, 0, 1, 1], np.array([0, 0, 1, 1])),  # nothing to compare within a fold
+        ("multilabel", [[1, 0, 0]] * 4, 0),
+    ],
+)
+def test_without_both_classes_there_is_no_curve(tmp_path: Path, kind: Kind, truth: list[Any], fold: Any) -> None:
     n = len(truth)
     of = labelled(kind, truth, [f"p{i}" for i in range(n)])
     logits = binary_logits(np.linspace(0.1, 0.9, n)) if kind == "binary" else np.zeros((n, 3))
-    drawn = draw_figures(tmp_path, judge(of, logits), section())
+    drawn = draw_figures(tmp_path, judge(of, logits, fold), section())
     assert set(drawn) == DRAWN[kind] - {"roc.png", "pr.png"} == {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_patient_has_curves_and_no_band(tmp_path: Path) -> None:
+    of = labelled("binary", [0, 1, 1], ["a", "a", "a"])
+    captions = draw_figures(tmp_path, judge(of, binary_logits([0.2, 0.6, 0.8])), section())
+    assert "band" not in captions["roc.png"]
+    two = labelled("binary", [0, 1, 1], ["a", "b", "b"])
+    assert "band" in draw_figures(tmp_path, judge(two, binary_logits([0.2, 0.6, 0.8])), section())["roc.png"]
 
 
 @pytest.mark.filterwarnings("error")

@@ -183,6 +183,21 @@ def test_a_class_that_nearly_all_samples_lack_leaves_the_other_intervals() -> No
     assert draws.times.shape == (30, 20)
 
 
+def test_one_patient_gives_figures_without_intervals() -> None:
+    of = labelled("binary", [0, 1, 0, 1], ["a"] * 4, ["L", "L", "R", "R"])
+    found = figures(judge(of, binary_logits([0.1, 0.8, 0.4, 0.3])))
+    assert (found["value"], found["interval"]) == (0.75, None)
+    assert [limit for place in (1, 2, 3) for limit in intervals(found, place, "Figures by level")] == []
+    assert intervals(found, 2, "Calibration of images") == []
+    assert found["tables"][0]["columns"][1:] == ["4 images", "2 breasts", "1 patient"]
+    assert found["notes"][1] == "There are no intervals: all images are of one patient."
+
+
+def test_two_patients_of_whom_every_sample_needs_both_give_none_either() -> None:
+    found = figures(judge(labelled("binary", [0, 1, 1], ["a", "b", "b"]), binary_logits([0.5, 0.8, 0.4])))
+    assert (found["value"], found["interval"]) == (0.5, None)
+
+
 def test_delong_is_that_of_one_fold_and_of_two_equal_folds_half_the_variance() -> None:
     of, logits = population("binary", 40, 0)
     patients = judge(of, logits).cases("patient", READOUT)

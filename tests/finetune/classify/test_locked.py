@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lockables import lock, write_encoder
+from respaced import changed
 
 from miram.data.frames import frames
 from miram.data.phantom import PhantomSettings
@@ -193,6 +194,32 @@ def test_what_is_no_finished_run_is_refused(copy: Path, tmp_path: Path) -> None:
 def test_a_model_folder_alone_is_enough(run: Path, tmp_path: Path) -> None:
     alone = shutil.copytree(run / "model", tmp_path / "alone")
     assert read_locked(alone).digest == read_locked(run).digest
+
+
+def test_numbers_that_are_none_say_what_to_do(run: Path, shards: ShardDataset) -> None:
+    locked = read_locked(run)
+    with torch.no_grad():
+        locked.model.head.bias += torch.nan
+    with pytest.raises(UserError, match=r"no finite numbers for 2 of 2 images.*finetune\.search\.lrs"):
+        locked.logits(shards, np.array([0, 3]))
+
+
+def test_a_spacing_that_was_stated_of_the_training_data_is_not_taken_for_other_data(
+    encoder: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    trained = changed(phantoms, tmp_path / "trained", {-1: ""})
+    tiles = {"mm_per_pixel": 2.5, "spacing_mm": 2.5}
+    lock(tmp_path / "run", tmp_path / "trained", encoder, input="tiles", method="linear", tiles=tiles)
+    locked, rows = read_locked(tmp_path / "run"), np.arange(4)
+    measured = locked.logits(ShardDataset(phantoms), rows)
+    assert np.array_equal(locked.logits(trained, rows), measured)
+    foreign = changed(phantoms, tmp_path / "foreign", {1: "", 3: "", 5: ""}, "foreign")
+    with pytest.raises(UserError, match=r"2 of 4 images cannot be judged.*spacing is unknown.*column spacing_mm"):
+        locked.logits(foreign, rows)
+    assert np.isfinite(locked.logits(foreign, np.array([0, 2]))).all()
+    coarse = changed(phantoms, tmp_path / "coarse", {0: "2.6"})
+    with pytest.raises(UserError, match=r"1 of 4 .*2\.6 mm a pixel, coarser than the 2\.5 mm"):
+        locked.logits(coarse, rows)
 
 
 def test_images_of_other_channels_are_refused(phantoms: Path, shards: ShardDataset, tmp_path: Path) -> None:

@@ -65,3 +65,25 @@ def test_damage_is_said_in_one_sentence(tmp_path: Path, content: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"p\.csv is not there"):
         read_predictions(tmp_path / "p.csv")
+
+
+def test_the_task_is_read_back_with_its_own_separator_and_with_another_refused(tmp_path: Path) -> None:
+    of, logits = population("multilabel", 12, 0)
+    write_predictions(tmp_path / "p.csv", judge(of, logits), ";")
+    found = read_predictions(tmp_path / "p.csv")
+    back = found.labelled("task", "multilabel", ";")
+    assert back.target == of.target
+    np.testing.assert_array_equal(back.truth, of.truth)
+    np.testing.assert_array_equal(back.breasts, of.breasts)
+    with pytest.raises(UserError, match=r"names '.*;.*', and its classes are 'mass', 'calc', 'nodes'"):
+        found.labelled("task", "multilabel")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [("k,d/1,d/1/L,0,0,nan,0.5,1,0\n", "not finite"), ("k,d/1,b,0,0,1,0,1,0\nl,d/1,b,0,1,1,0,1,0\n", "several folds")],
+)
+def test_numbers_that_no_run_says_are_damage(tmp_path: Path, rows: str, said: str) -> None:
+    (tmp_path / "p.csv").write_text(f"key,patient,breast,truth,fold,p_0,p_1,logit_0,decision\n{rows}")
+    with pytest.raises(UserError, match=said):
+        read_predictions(tmp_path / "p.csv")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_up_judged import judge as judged
+from made_up_judged import population
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_auc_score
@@ -18,12 +20,14 @@ from sklearn.metrics import roc_auc_score
 from miram.engine.config import check
 from miram.engine.errors import Preempted, RunFailed, UserError
 from miram.engine.files import read_json
+from miram.engine.metrics import headline
 from miram.engine.report import write_report
 from miram.engine.run import RESULT, Run, open_run
 from miram.engine.seeding import generator
 from miram.finetune.classify.bootstrap import Draws
 from miram.finetune.classify.comparison import read_run, seed_draws, standings, two_sided
 from miram.finetune.classify.config import FinetuneConfig, ReadoutSection
+from miram.finetune.classify.predictions import write_predictions
 from miram.finetune.classify.sweep import folder_of, grid, sweep
 
 PATIENTS, FOLDS, SAMPLES = 40, 2, 40
@@ -376,6 +380,23 @@ def test_the_level_that_leads_is_what_is_compared(tmp_path: Path) -> None:
     assert len(found.cases) == PATIENTS
     means = [[*one[:6], (one[6] + two[6]) / 2, *one[7:]] for one, two in zip(rows[::2], rows[1::2], strict=True)]
     assert found.value == pytest.approx(within_folds(means))
+
+
+def test_labels_are_read_by_the_separator_that_they_were_written_with(tmp_path: Path) -> None:
+    config = settings(tmp_path / "out", seeds=[0])
+    config = config.model_copy(
+        update={"finetune": config.finetune.model_copy(update={"separator": ";", "kind": "multilabel"})}
+    )
+    of, logits = population("multilabel", 12, 0)
+
+    def one(cell: FinetuneConfig) -> Run:
+        more = {"kind": "multilabel", "metric": headline("multilabel")}
+        run = write_run(cell, [], **more)
+        write_predictions(run.folder / "predictions.csv", judged(of, logits), cell.finetune.separator)
+        return run
+
+    sweep(config, one)
+    assert result(tmp_path / "out")["value"] == pytest.approx(roc_auc_score(of.truth, logits, average="macro"))
 
 
 # ---------------------------------------------------------------------------------------------- what it writes

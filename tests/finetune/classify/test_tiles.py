@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
-import hashlib
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from respaced import changed
 from vits import small
 
 from miram.data.shards import ShardDataset
@@ -45,22 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def features(vit: Encoder, shards: ShardDataset, folder: Path) -> TileFeatures:
     return tile_features(vit, shards, SECTION, 7, folder, "test")
-
-
-def changed(source: Path, out: Path, spacing: dict[int, str]) -> ShardDataset:
-    """A copy of a data set of which some rows (-1: all) have another spacing in the index."""
-    shutil.copytree(source, out)
-    rows = list(csv.DictReader((out / "index.csv").open()))
-    for i, row in enumerate(rows):
-        row["spacing_mm"] = spacing.get(i, spacing.get(-1, row["spacing_mm"]))
-    with (out / "index.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["index"]["sha256"] = hashlib.sha256((out / "index.csv").read_bytes()).hexdigest()
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    return ShardDataset(out)
 
 
 def test_features_are_means_of_patch_tokens_of_the_tiles_in_their_boxes(
