@@ -152,8 +152,9 @@ def test_a_box_beyond_the_image_is_that_of_an_image_with_air_around_it(
     padded = resize(wide, (start[0] + 300, start[1] + 300, *extent), size)
     steps = [e / s for e, s in zip(extent, size, strict=True)]
     centres = [s + (np.arange(n) + 0.5) * step for s, n, step in zip(start, size, steps, strict=True)]
-    inner = [(c > 2 * d) & (c < n - 2 * d) for c, n, d in zip(centres, (90, 70), steps, strict=True)]
-    outer = [(c < -d) | (c > n + d) for c, n, d in zip(centres, (90, 70), steps, strict=True)]
+    reach = [max(step, 1.0) for step in steps]  # enlarged, a pixel is drawn from stored ones a whole pixel away
+    inner = [(c > 2 * d) & (c < n - 2 * d) for c, n, d in zip(centres, (90, 70), reach, strict=True)]
+    outer = [(c < -d) | (c > n + d) for c, n, d in zip(centres, (90, 70), reach, strict=True)]
     np.testing.assert_allclose(made[:, inner[0]][..., inner[1]], padded[:, inner[0]][..., inner[1]], atol=0.1)
     assert not made[:, outer[0]].any()
     assert not made[..., outer[1]].any()
