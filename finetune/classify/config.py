@@ -55,7 +55,7 @@ class SearchSection(Section):
     """What every method may try, all the same number."""
 
     trials: PositiveInt = 3
-    """learning rates, evenly spread over the method's range on a logarithmic scale"""
+    """learning rates, evenly spread over the method's range on a logarithmic scale (the probe: always five C)"""
     lrs: tuple[Rate, ...] | None = None
     """learning rates to try instead of the method's own range"""
     folds: PositiveInt = 3

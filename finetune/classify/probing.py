@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from ..peft import apply
 from ..peft.base import Tuned
 from .bench import Bench, judge
 from .head import StandardisedLinear, solve
+from .scores import headline_score
+from .search import Candidate, choose, inner_folds
 
-BOUNDS = (1e-3, 1e1)  # of C
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C, inverse strengths of regularisation
 FORM = "miram.frames/1"
 
 
@@ -35,14 +37,13 @@ class Probing:
     """A linear head on features that are computed once."""
 
     bench: Bench
+    _best: dict[bytes, float] = field(default_factory=dict, init=False, repr=False)
     knob = "C"
 
     @property
     def values(self) -> tuple[float, ...]:
-        """As many strengths as tuning methods have learning rates, the strongest regularisation first."""
-        search = self.bench.section.search
-        trials = len(search.lrs) if search.lrs is not None else search.trials
-        return tuple(np.geomspace(*BOUNDS, trials).tolist()) if trials > 1 else (1.0,)
+        """The strengths that are tried, the strongest regularisation first: a solution takes no time."""
+        return STRENGTHS
 
     @cached_property
     def features(self) -> Floats:
@@ -76,6 +77,20 @@ class Probing:
         head = StandardisedLinear.of(x, labelled.target.width)
         solve(head, torch.from_numpy(x), torch.from_numpy(truth), labelled.target, weights, section.smoothing, c)
         return head
+
+    def start(self, images: Ints) -> StandardisedLinear:
+        """The head of some images at the strength that is best on inner folds of their patients."""
+        key = images.tobytes()
+        if key not in self._best:
+            pairs, _ = inner_folds(self.bench, images)
+            tried = [Candidate(c, tuple(self.score(c, *pair) for pair in pairs)) for c in STRENGTHS]
+            self._best[key] = STRENGTHS[choose(tried)]
+        return self.solved(images, self._best[key])
+
+    def score(self, c: float, known: Ints, held: Ints) -> float:
+        """The leading metric on held images of a head that knows others."""
+        said = self.solved(known, c)(torch.from_numpy(self.features[held])).detach().numpy()
+        return headline_score(self.bench.labelled, held, np.asarray(said, np.float64))
 
     def logits(self, model: Tuned, images: Ints) -> Floats:
         """(j, w) of labelled images, from the features that are there."""

@@ -134,7 +134,8 @@ def notes(settings: FinetuneConfig, found: Standings, told: Sequence[Told]) -> l
         f"that differences are paired. {several} Other pretrainings are not in them.{few}",
         "p is of no difference: twice the share of samples on the rarer side of zero, at least "
         f"{2 / (samples + 1):.2g}, and not corrected for the number of rows. {reach}",
-        "All methods had as many candidates, inner folds and steps to choose among; what each chose is in its own run.",
+        "All tuning methods had as many candidates, inner folds and steps, and heads that start from the probe's; the "
+        "probe chose among five strengths. What each chose is in its own run.",
     ]
 
 

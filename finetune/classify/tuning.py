@@ -38,7 +38,6 @@ from .probing import Probing
 from .scores import headline_score
 
 BEST = "miram.best/1"
-START = 0.1  # C of the logistic regression that heads start from
 LOOKS = 10  # of keep=best: how often the held-out part is looked at
 
 
@@ -121,7 +120,7 @@ class Tuning:
         """Over features as the frozen encoder has them; from logistic regression on them (LP-FT, Kumar et al. 2022),
         or from zero."""
         if self.bench.section.start == "probe":
-            return self.probing.solved(images, START)
+            return self.probing.start(images)
         return StandardisedLinear.of(self.probing.features[images], self.bench.labelled.target.width)
 
     def stream(self, images: Ints, batch_size: int, seed: int) -> EpochStream:

@@ -28,7 +28,7 @@ def table() -> dict[str, tuple[float, float]]:
 
 def test_the_table_of_rates_is_what_is_tried() -> None:
     told, found = table(), {name: method.rates for name, method in METHODS.items()}
-    found |= {"probe": probing.BOUNDS, "attention_mil": mil.RATES}
+    found |= {"probe": (probing.STRENGTHS[0], probing.STRENGTHS[-1]), "attention_mil": mil.RATES}
     assert len(told) > 8
     assert all(told.get(name, told[""]) == bounds for name, bounds in found.items())
     assert told.keys() - {""} <= found.keys()

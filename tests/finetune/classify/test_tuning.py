@@ -12,6 +12,10 @@ import pytest
 import torch
 from benches import bench, images
 from ranks import on_ranks
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from vits import small
 
 from miram.engine.errors import Preempted, UserError
@@ -20,6 +24,7 @@ from miram.finetune.classify.bench import Bench
 from miram.finetune.classify.objective import Classify, set_drop_path
 from miram.finetune.classify.probing import Probing
 from miram.finetune.classify.scores import headline_score
+from miram.finetune.classify.search import inner_folds
 from miram.finetune.classify.targets import Target
 from miram.finetune.classify.tuning import Tuning
 from miram.finetune.peft import apply
@@ -72,7 +77,7 @@ def test_before_the_first_step_lora_with_the_probes_head_says_what_the_probe_say
     one = tuning(phantoms, tmp_path, method="lora", search={"lrs": [1e-9]}, train={"weight_decay": 0.0})
     fit, rest = images(one.bench, "train"), images(one.bench, "test")
     tuned = one.make(fit, 1e-9, tmp_path / "one", seed=1)
-    probe = one.probing.make(fit, 0.1, tmp_path, seed=1)
+    probe = one.probing.make(fit, one.probing._best[fit.tobytes()], tmp_path, seed=1)
     assert np.abs(one.logits(tuned, rest) - one.probing.logits(probe, rest)).max() < 1e-4
 
 
@@ -179,10 +184,26 @@ def test_every_method_gets_as_many_candidates(phantoms: Path, tmp_path: Path) ->
         one = tuning(phantoms, tmp_path, method=method, search={"trials": 4})
         assert len(set(one.values)) == 4
         assert list(one.values) == sorted(one.values)
-    assert len(one.probing.values) == 4
     two = tuning(phantoms, tmp_path, search={"lrs": [1e-2, 1e-4]})
     assert two.values == (1e-4, 1e-2)
-    assert len(two.probing.values) == 2
+    assert len(two.probing.values) == 5
+
+
+def test_the_head_starts_at_the_strength_that_scikit_learn_would_choose(phantoms: Path, tmp_path: Path) -> None:
+    one = tuning(phantoms, tmp_path, task="density", kind="multiclass", search={"folds": 2})
+    fit = images(one.bench, "train")
+    one.probing.start(fit)
+    labelled, x = one.bench.labelled, one.probing.features
+    pairs, _ = inner_folds(one.bench, fit)
+    means = []
+    for c in one.probing.values:
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=c, class_weight="balanced", max_iter=5000))
+        scores = []
+        for known, held in pairs:
+            found = model.fit(x[known], labelled.truth[known]).predict(x[held])
+            scores.append(balanced_accuracy_score(labelled.truth[held], found))
+        means.append(np.mean(scores))
+    assert one.probing._best[fit.tobytes()] == one.probing.values[int(np.argmax(means))]
 
 
 @pytest.mark.parametrize("options", [{}, {"keep": "best", "search": {"folds": 1}}])
