@@ -12,19 +12,24 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ...data.frames import TrainFrames
 from ...engine.metrics import Floats, Ints
+from ...engine.seeding import stable_seed
 from ...engine.tensors import read_tensors
+from ...pretrain.encoder import normalisation
 from ..columns import Columns
 from ..features import digest, make_once
 from ..peft import apply
 from ..peft.base import Tuned
 from .bench import Bench, judge
 from .head import StandardisedLinear, solve
+from .reading import mean_logits
 from .scores import headline_score
 from .search import Candidate, choose, inner_folds
 
@@ -59,6 +64,18 @@ class Probing:
         make_once(path, {"name": section.encoder, "input": section.input}, fill)
         return np.asarray(read_tensors(path)["features"].numpy(), np.float64)
 
+    @cached_property
+    def augmented(self) -> Floats:
+        """(N, D) the same of one training view of each image: how far augmentation moves features."""
+        bench, section = self.bench, self.bench.section
+        vit, seed = bench.encoder, stable_seed(bench.settings.seed, "start") % 2**63
+        size = vit.patch_embed.img_size
+        assert size is not None
+        assert section.input != "tiles"
+        draw = TrainFrames(size, section.input, section.augment, normalisation(vit), seed)
+        pictures = (cast(Tensor, draw(bench.shards[int(row)], 0)["image"])[None] for row in bench.labelled.rows)
+        return mean_logits(self.headless(), pictures, len(bench.labelled.rows), section.batch_size)
+
     def headless(self) -> Tuned:
         """The frozen encoder."""
         return apply(deepcopy(self.bench.encoder), "linear").eval()
@@ -69,27 +86,32 @@ class Probing:
         tuned.head = self.solved(images, value).plain().to(next(tuned.model.parameters()))
         return tuned
 
-    def solved(self, images: Ints, c: float) -> StandardisedLinear:
-        """The head of some images, in float64."""
+    def solved(self, images: Ints, c: float, *, views: bool = False) -> StandardisedLinear:
+        """The head of some images, in float64; with `views` of a training view of each, too."""
         labelled, section = self.bench.labelled, self.bench.section
         truth, x = labelled.truth[images], self.features[images]
+        if views:
+            truth, x = np.concatenate([truth, truth]), np.concatenate([x, self.augmented[images]])
         weights = None if section.balance == "none" else labelled.target.class_weights(truth).double()
         head = StandardisedLinear.of(x, labelled.target.width)
         solve(head, torch.from_numpy(x), torch.from_numpy(truth), labelled.target, weights, section.smoothing, c)
         return head
 
     def start(self, images: Ints) -> StandardisedLinear:
-        """The head of some images at the strength that is best on inner folds of their patients."""
+        """What tuning starts from: the head of images and training views of them, at the best strength on inner folds.
+
+        Of the images alone it would be wrong about the views it is then trained on, and the first steps would undo it.
+        """
         key = images.tobytes()
         if key not in self._best:
             pairs, _ = inner_folds(self.bench, images)
             tried = [Candidate(c, tuple(self.score(c, *pair) for pair in pairs)) for c in STRENGTHS]
             self._best[key] = STRENGTHS[choose(tried)]
-        return self.solved(images, self._best[key])
+        return self.solved(images, self._best[key], views=True)
 
     def score(self, c: float, known: Ints, held: Ints) -> float:
         """The leading metric on held images of a head that knows others."""
-        said = self.solved(known, c)(torch.from_numpy(self.features[held])).detach().numpy()
+        said = self.solved(known, c, views=True)(torch.from_numpy(self.features[held])).detach().numpy()
         return headline_score(self.bench.labelled, held, np.asarray(said, np.float64))
 
     def logits(self, model: Tuned, images: Ints) -> Floats:

@@ -121,7 +121,8 @@ class Tuning:
         or from zero."""
         if self.bench.section.start == "probe":
             return self.probing.start(images)
-        return StandardisedLinear.of(self.probing.features[images], self.bench.labelled.target.width)
+        both = np.concatenate([self.probing.features[images], self.probing.augmented[images]])
+        return StandardisedLinear.of(both, self.bench.labelled.target.width)
 
     def stream(self, images: Ints, batch_size: int, seed: int) -> EpochStream:
         """Augmented frames of images, in ascending order of their rows, and their labels."""

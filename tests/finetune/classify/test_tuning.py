@@ -71,14 +71,15 @@ def test_what_is_frozen_stays_as_it_was_to_the_bit_and_the_bench_keeps_its_encod
     assert all(torch.equal(value, before[name]) for name, value in bare.items())
 
 
-def test_before_the_first_step_lora_with_the_probes_head_says_what_the_probe_says(
+def test_before_the_first_step_lora_says_what_its_head_says_of_the_frozen_encoder(
     phantoms: Path, tmp_path: Path
 ) -> None:
     one = tuning(phantoms, tmp_path, method="lora", search={"lrs": [1e-9]}, train={"weight_decay": 0.0})
     fit, rest = images(one.bench, "train"), images(one.bench, "test")
     tuned = one.make(fit, 1e-9, tmp_path / "one", seed=1)
-    probe = one.probing.make(fit, one.probing._best[fit.tobytes()], tmp_path, seed=1)
-    assert np.abs(one.logits(tuned, rest) - one.probing.logits(probe, rest)).max() < 1e-4
+    start = one.probing.start(fit)
+    expected = start(torch.from_numpy(one.probing.features[rest])).detach().numpy()
+    assert np.abs(one.logits(tuned, rest) - expected).max() < 1e-4
 
 
 def test_the_probes_head_on_the_encoder_says_what_it_says_on_the_cached_features(
@@ -95,6 +96,7 @@ def test_the_head_knows_the_statistics_of_training_images_alone(phantoms: Path, 
     fit = images(one.bench, "train")
     before = one.head(fit)
     one.probing.features[images(one.bench, "test")] += 100.0
+    one.probing.augmented[images(one.bench, "test")] += 100.0
     assert torch.equal(one.head(fit).mean, before.mean)
     assert torch.equal(one.head(fit).deviation, before.deviation)
 
@@ -125,7 +127,7 @@ def test_a_balanced_sampler_and_weights_pull_the_same_way(phantoms: Path, tmp_pa
         fit = np.concatenate([fit[~positive], fit[positive][:1]])
         tuned = one.make(fit, 1e-1, tmp_path / balance / "one", seed=2)
         said[balance] = one.bench.labelled.target.probabilities(one.logits(tuned, fit))[:, 1].mean()
-    assert said["none"] < 0.3 < 0.4 < min(said["weights"], said["sampler"])
+    assert said["none"] + 0.1 < min(said["weights"], said["sampler"])
 
 
 def test_mixup_of_an_image_with_itself_is_the_image(phantoms: Path) -> None:
@@ -179,6 +181,21 @@ def test_few_images_make_a_small_batch_at_the_same_rate(phantoms: Path, tmp_path
         one.recipe(1e-3, 0)
 
 
+def test_a_view_moves_features_and_the_start_knows_by_how_much(phantoms: Path, tmp_path: Path) -> None:
+    one = tuning(phantoms, tmp_path, start="zero")
+    still = tuning(
+        phantoms,
+        tmp_path / "still",
+        augment={"flip": False, "upside_down": False, "rotation": 0, "zoom": (1, 1), "shift": 0, "gamma": 0}
+        | {"contrast": 0, "brightness": 0, "blur": 0, "noise": 0},
+    )
+    assert np.abs(still.probing.augmented - still.probing.features).max() < 1e-4
+    assert np.abs(one.probing.augmented - one.probing.features).max() > 1e-3
+    fit = images(one.bench, "train")
+    both = np.concatenate([one.probing.features[fit], one.probing.augmented[fit]])
+    assert np.abs(one.head(fit).deviation.numpy() - both.std(0)).max() < 1e-9
+
+
 def test_every_method_gets_as_many_candidates(phantoms: Path, tmp_path: Path) -> None:
     for method in ("linear", "lora", "full", "savit"):
         one = tuning(phantoms, tmp_path, method=method, search={"trials": 4})
@@ -200,7 +217,8 @@ def test_the_head_starts_at_the_strength_that_scikit_learn_would_choose(phantoms
         model = make_pipeline(StandardScaler(), LogisticRegression(C=c, class_weight="balanced", max_iter=5000))
         scores = []
         for known, held in pairs:
-            found = model.fit(x[known], labelled.truth[known]).predict(x[held])
+            both = np.concatenate([x[known], one.probing.augmented[known]])
+            found = model.fit(both, np.tile(labelled.truth[known], 2)).predict(x[held])
             scores.append(balanced_accuracy_score(labelled.truth[held], found))
         means.append(np.mean(scores))
     assert one.probing._best[fit.tobytes()] == one.probing.values[int(np.argmax(means))]
