@@ -69,6 +69,7 @@ class Result(Estimate):
     task: str = ""
     split: str | None = None
     metric: str = ""
+    level: str = ""
     n_images: int | None = None
     n_patients: int | None = None
     classes: dict[str, int] = {}

@@ -445,3 +445,12 @@ def test_interrupted_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pyte
         write_report([run], out)
     assert out.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+
+
+def test_a_figure_of_breasts_is_not_passed_off_as_one_of_images(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("out: run\n")
+    told = {"schema": "miram.result/1", "metric": "AUC", "level": "breast", "task": "mass", "value": 0.7, "n_images": 4}
+    (run / "result.json").write_text(json.dumps(told))
+    assert "AUC by breast" in write_report([run], tmp_path / "page.html").read_text()
