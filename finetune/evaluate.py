@@ -33,12 +33,13 @@ from .classify.figures import draw_figures
 from .classify.judged import Judged
 from .classify.judging import figures_of
 from .classify.labels import Labelled, read_labels
-from .classify.locked import CARD, Locked, read_locked, refuse_channels
+from .classify.locked import Locked, read_locked, refuse_channels
 from .classify.predictions import write_predictions
 from .classify.subgroups import check_subgroups
 from .classify.telling import say
 from .classify.units import counted
 from .examples import explained
+from .sealed import CARD
 
 UNNAMED = ""  # a typing error in a key is to be said before that no images are named
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +12,7 @@ from ...data.views import Normalisation
 from ...engine.config import Section
 from ...engine.metrics import Ints, Kind
 from ..peft.files import Base
+from ..sealed import SealedCard
 from .config import FinetuneSection, Input, Level, ReadoutSection, TilesSection
 from .labels import Labelled
 from .targets import Target
@@ -48,7 +47,7 @@ class TrainedOn(Section):
     """the patients"""
 
 
-class ModelCard(Section):
+class ModelCard(SealedCard):
     """model.json."""
 
     target: TargetCard
@@ -58,9 +57,6 @@ class ModelCard(Section):
     options: dict[str, Any]
     input: Input
     tiles: TilesSection
-    image_size: tuple[int, int]
-    mean: float | tuple[float, ...]
-    std: float | tuple[float, ...]
     temperature: float
     thresholds: dict[Level, tuple[float, ...]]
     readout: ReadoutSection
@@ -69,8 +65,6 @@ class ModelCard(Section):
     operating_at: float
     preprocessing: tuple[dict[str, Any], ...]
     trained_on: TrainedOn
-    files: dict[str, str] = {}
-    digest: str = ""
 
     @property
     def normalise(self) -> Normalisation:
@@ -82,11 +76,6 @@ class ModelCard(Section):
         names = {(manifest["dataset"], manifest["records"]) for manifest in shards.manifests}
         same = names <= set(self.trained_on.records) and not any(other_settings(self, m) for m in shards.manifests)
         return self.tiles.spacing_mm if same else None
-
-    def own_digest(self) -> str:
-        """sha256 of everything else in the card."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def card_for(

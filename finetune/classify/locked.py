@@ -15,29 +15,21 @@ Legend: n images, k classes, w outputs of the head.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
 
 import numpy as np
-from pydantic import ValidationError
 
 from ...data.shards import ShardDataset
-from ...engine.errors import UserError, one_line
-from ...engine.files import make_folder, read_json, sha256, sync_folder, write_json
+from ...engine.errors import UserError
 from ...engine.metrics import Floats, Ints
-from ...engine.run import STATE
 from ...pretrain.encoder import Encoder
-from ...pretrain.weights.loading import read_encoder
 from ..peft.base import Tuned
-from ..peft.files import Base, load, save
-from ..peft.registry import describe
+from ..peft.files import load, save
+from ..sealed import CARD, read_base, read_card, refuse_unfinished, refuse_without, seal, whole_folder
 from .cards import ModelCard
 from .config import Level, TilesSection
 from .labels import Labelled
@@ -47,7 +39,7 @@ from .targets import Target
 from .tiles import TileFeatures, fault_of, tile_features
 
 MODEL = "miram.model/1"
-CARD, ADAPTER, MIL = "model.json", "adapter", "mil.safetensors"
+ADAPTER, MIL = "adapter", "mil.safetensors"
 
 
 @dataclass(frozen=True)
@@ -185,28 +177,12 @@ def write_locked(folder: Path, card: ModelCard, model: Tuned | MilModel) -> Mode
     Returns:
         The card with its digest.
     """
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    make_folder(part)
-    try:
+    with whole_folder(folder) as part:
         if isinstance(model, Tuned):
             save(model, part / ADAPTER)
         else:
             model.write(part / MIL)
-        card = card.model_copy(update={"files": {name: sha256(part / name) for name in files_of(part)}})
-        card = card.model_copy(update={"digest": card.own_digest()})
-        write_json(part / CARD, MODEL, card.model_dump(mode="json"))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    sync_folder(folder.parent)
-    return card
-
-
-def files_of(folder: Path) -> Iterator[str]:
-    """Files of a model by their names in it, the card not among them."""
-    paths = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return (name for name in paths if name != CARD)
+        return seal(part, MODEL, card)
 
 
 # ---------------------------------------------------------------------------------------------- reading one
@@ -226,27 +202,8 @@ def read_locked(run: str | Path, encoder: str | None = None) -> Locked:
     run = Path(run)
     if (run / CARD).is_file():
         return read_model(run, encoder)
-    refuse_unfinished(run)
+    refuse_unfinished(run, "finetune")
     return read_model(run / "model", encoder)
-
-
-def refuse_unfinished(run: Path) -> None:
-    """Refuse what holds no model to rely on.
-
-    Raises:
-        UserError: says what it is.
-    """
-    if not run.is_dir():
-        raise UserError(f"the run {run} is not there; name the folder that `miram finetune` wrote")
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run: it holds no config.yaml; name the folder that `miram finetune` wrote")
-    state = read_json(run / "state.json", STATE) if (run / "state.json").exists() else {}
-    if (stage := state.get("stage", "finetune")) != "finetune":
-        raise UserError(f"{run} is a run of `miram {stage}`, which makes no model; name one of `miram finetune`")
-    if (status := state.get("status", "not begun")) != "finished":
-        raise UserError(f"{run} is not finished ({status}); repeat the command that made it, and it goes on")
-    if not (run / "model" / CARD).is_file():
-        raise UserError(f"{run} kept no model (finetune.final was off, or it was removed); run it again and keep it")
 
 
 def read_model(folder: Path, encoder: str | None = None) -> Locked:
@@ -255,57 +212,9 @@ def read_model(folder: Path, encoder: str | None = None) -> Locked:
     Raises:
         UserError: as `read_locked`.
     """
-    card = read_card(folder)
+    card = read_card(folder, MODEL, ModelCard)
+    refuse_without(folder, card, MIL if card.input == "tiles" else f"{ADAPTER}/adapter.json")
     vit = read_base(folder, card, encoder)
     if card.input == "tiles":
         return Locked(card, MilModel.read(folder / MIL), vit)
     return Locked(card, load(folder / ADAPTER, vit).eval())
-
-
-def read_card(folder: Path) -> ModelCard:
-    """model.json, once it and all files it names are found to be what was written.
-
-    Raises:
-        UserError: one is missing or damaged.
-    """
-    content = read_json(folder / CARD, MODEL)
-    try:
-        text = json.dumps({key: value for key, value in content.items() if key != "schema"})
-        card = ModelCard.model_validate_json(text, strict=True)
-        if card.digest != card.own_digest():
-            raise ValueError("its digest is another")
-    except (ValidationError, ValueError) as error:
-        raise UserError(
-            f"{folder / CARD} is damaged or was edited ({one_line(str(error))[:200]}); copy the model again"
-        ) from error
-    needed = MIL if card.input == "tiles" else f"{ADAPTER}/adapter.json"
-    for name in {needed, *card.files}:
-        path = folder / name
-        if name not in card.files or not path.is_file() or sha256(path) != card.files[name]:
-            raise UserError(f"{path} is missing or damaged; copy the model's folder again")
-    return card
-
-
-def read_base(folder: Path, card: ModelCard, encoder: str | None) -> Encoder:
-    """The encoder that a model stands on.
-
-    Raises:
-        UserError: it is not there, or is another one.
-    """
-    source = encoder or card.encoder
-    try:
-        vit, _ = read_encoder(source, card.image_size, card.base.channels)
-    except UserError as error:
-        if encoder is not None:
-            raise
-        raise UserError(f"{error}; {folder} was tuned on {source}: say with --encoder where it lies now") from error
-    here = Base(**describe(vit))
-    if here != card.base:
-        odd = [name for name in Base.model_fields if getattr(here, name) != getattr(card.base, name)]
-        said = "; ".join(f"{name} {getattr(card.base, name)!s:.12}, here {getattr(here, name)!s:.12}" for name in odd)
-        raise UserError(
-            f"{source} is not the encoder that {folder} was tuned on ({said}); name that one with --encoder"
-        )
-    statistics = {"mean": np.atleast_1d(card.mean).tolist(), "std": np.atleast_1d(card.std).tolist()}
-    cast(Any, vit).pretrained_cfg = {**cast(Any, vit).pretrained_cfg, **statistics}
-    return vit.requires_grad_(False)
