@@ -69,6 +69,14 @@ def finetune(context: typer.Context) -> None:
     start("miram finetune", context.args)
 
 
+@app.command(context_settings=STAGE, add_help_option=False)
+def segment(context: typer.Context) -> None:
+    """Train and judge a segmentation: CONFIG --section.key=value …; --sweep compares models; --help lists keys."""
+    from .finetune.segment.__main__ import start
+
+    start("miram segment", context.args)
+
+
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="Run of `miram finetune`.")],
@@ -171,10 +179,16 @@ def config(
     from .engine.config import Section, dump_yaml, load, read_tree
     from .finetune.classify.config import FinetuneConfig
     from .finetune.config import ProbeConfig
+    from .finetune.segment.config import SegmentConfig
     from .paper.config import PaperConfig
     from .pretrain.config import PretrainConfig
 
-    kinds: dict[str, type[Section]] = {"pretrain": PaperConfig, "probe": ProbeConfig, "finetune": FinetuneConfig}
+    kinds: dict[str, type[Section]] = {
+        "pretrain": PaperConfig,
+        "probe": ProbeConfig,
+        "finetune": FinetuneConfig,
+        "segment": SegmentConfig,
+    }
     tree = read_tree(stage)
     schema = next((kind for section, kind in kinds.items() if section in tree), PretrainConfig)
     print(dump_yaml(load(schema, stage, context.args)), end="")

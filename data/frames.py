@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
 from torch import Tensor
 
@@ -111,9 +112,9 @@ class TrainFrames:
         shape = (sample.pixels.shape[0], sample.pixels.shape[1])
         base = whole_box(shape, self.size) if self.input == "whole" else self._window(draw("crop"), sample.pixels)
         angle = math.radians(draw("rotation").uniform(-1, 1) * self.augment.rotation)
-        box = self._moved(base, shape, angle, draw)
+        box = moved(self.augment, base, shape, angle, draw)
         image = turned(sample.pixels, box, self.size, angle) if angle else framed(sample.pixels, box, self.size)
-        image = self._toned(self._flipped(image / np.float32(sample.max_value), draw), draw)
+        image = toned(self.augment, flipped(self.augment, image / np.float32(sample.max_value), draw), draw)
         return {"key": sample.key, "image": torch.from_numpy(self.normalise(image))}
 
     def _window(self, rng: np.random.Generator, pixels: Raster) -> Box:
@@ -121,33 +122,37 @@ class TrainFrames:
         crop = CropSection(area=self.augment.area, aspect=(1.0, 1.0), tissue=self.augment.tissue)
         return draw_box(rng, pixels, self.size, crop)
 
-    def _moved(self, base: Box, shape: Size, angle: float, draw: Draw) -> Box:
-        """A box zoomed, turned and shifted about the middle of what it shows; that turns about the box's own centre."""
-        start, extent = np.array(base[:2]), np.array(base[2:])
-        low, high = np.maximum(start, 0), np.minimum(start + extent, shape)  # what the box shows
-        zoom = math.exp(draw("zoom").uniform(*np.log(self.augment.zoom)))
-        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        arm = (low + high) / 2 - (start + extent / 2)
-        shift = draw("shift").uniform(-1, 1, 2) * self.augment.shift * (high - low)
-        # Written as differences, each of them zero where nothing is to be done: the box is then the same to the bit.
-        start = start + (extent - extent / zoom) / 2 + (np.eye(2) - turn / zoom) @ arm - shift
-        return (*start.tolist(), *(extent / zoom).tolist())
 
-    def _flipped(self, image: Array, draw: Draw) -> Array:
-        across, down = draw("flip").random(2) < 0.5
-        steps = (-1 if down and self.augment.upside_down else 1, -1 if across and self.augment.flip else 1)
-        return image[:, :: steps[0], :: steps[1]]
+def moved(mild: AugmentSection, base: Box, shape: Size, angle: float, draw: Draw) -> Box:
+    """A box zoomed, turned and shifted about the middle of what it shows; that turns about the box's own centre."""
+    start, extent = np.array(base[:2]), np.array(base[2:])
+    low, high = np.maximum(start, 0), np.minimum(start + extent, shape)  # what the box shows
+    zoom = math.exp(draw("zoom").uniform(*np.log(mild.zoom)))
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    arm = (low + high) / 2 - (start + extent / 2)
+    shift = draw("shift").uniform(-1, 1, 2) * mild.shift * (high - low)
+    # Written as differences, each of them zero where nothing is to be done: the box is then the same to the bit.
+    start = start + (extent - extent / zoom) / 2 + (np.eye(2) - turn / zoom) @ arm - shift
+    return (*start.tolist(), *(extent / zoom).tolist())
 
-    def _toned(self, image: Array, draw: Draw) -> Array:
-        """(C, *size) grey levels from 0 to 1, changed where there is tissue."""
-        mild, tissue = self.augment, np.asarray(image.any(axis=0), np.bool_)
-        if mild.gamma or mild.contrast or mild.brightness:
-            tone = PairSection(gamma=mild.gamma, contrast=mild.contrast, brightness=mild.brightness)
-            image = jitter(draw("tone"), image, tissue, tone)
-        image = image + np.float32(draw("offset").uniform(-1, 1) * mild.offset)
-        image = blur(draw("blur"), image, mild.blur, mild.blur_sigma)
-        image = image + noise(draw("noise"), image.shape, mild.noise)
-        return np.where(tissue, image.clip(0, 1), np.float32(0))
+
+def flipped(mild: AugmentSection, image: NDArray[Any], draw: Draw) -> NDArray[Any]:
+    """(C, H, W) mirrored and turned upside down, or not: whatever is given is flipped alike."""
+    across, down = draw("flip").random(2) < 0.5
+    steps = (-1 if down and mild.upside_down else 1, -1 if across and mild.flip else 1)
+    return image[:, :: steps[0], :: steps[1]]
+
+
+def toned(mild: AugmentSection, image: Array, draw: Draw) -> Array:
+    """(C, H, W) grey levels from 0 to 1, changed where there is tissue."""
+    tissue = np.asarray(image.any(axis=0), np.bool_)
+    if mild.gamma or mild.contrast or mild.brightness:
+        tone = PairSection(gamma=mild.gamma, contrast=mild.contrast, brightness=mild.brightness)
+        image = jitter(draw("tone"), image, tissue, tone)
+    image = image + np.float32(draw("offset").uniform(-1, 1) * mild.offset)
+    image = blur(draw("blur"), image, mild.blur, mild.blur_sigma)
+    image = image + noise(draw("noise"), image.shape, mild.noise)
+    return np.where(tissue, image.clip(0, 1), np.float32(0))
 
 
 def whole_box(shape: tuple[int, ...], size: Size) -> Box:

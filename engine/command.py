@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 
 from .config import keys, presets
-from .errors import UserError
+from .errors import FAILED, INTERRUPTED, UserError
+from .signals import StopSignals
+
+
+def start_stage(
+    command: str,
+    arguments: Sequence[str],
+    load: Callable[[], tuple[type[BaseModel], Callable[..., object]]],
+    flag: tuple[str, str],
+    about: Sequence[str],
+) -> None:
+    """Read the command line of a stage that trains, and run it; signals are heeded from before it is imported.
+
+    Args:
+        command: as the user starts it.
+        arguments: CONFIG, and what follows.
+        load: imports the stage: its schema, and the function that takes CONFIG, arguments, the flag and `signals`.
+        flag: on the command line, and what the function calls it.
+        about: lines of help.
+    """
+    try:
+        with StopSignals() as signals:
+            schema, stage = load()
+            rest = [argument for argument in arguments if argument != flag[0]]
+            asked: dict[str, Any] = {flag[1]: len(rest) < len(arguments), "signals": signals}
+            run_stage(command, schema, partial(stage, **asked), rest, about)
+    except KeyboardInterrupt:
+        print(f"miram: {INTERRUPTED}", file=sys.stderr, flush=True)
+        os._exit(FAILED)  # at once: torch's clean-up of what was interrupted may crash
 
 
 def run_stage(

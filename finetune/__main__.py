@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel
 
 if not __package__:
     sys.exit("start this with `python -m miram.finetune CONFIG …`, not by its file name")
 
-from ..engine.command import run_stage
-from ..engine.errors import FAILED, INTERRUPTED, exit_code
-from ..engine.signals import StopSignals
+from ..engine.command import start_stage
+from ..engine.errors import exit_code
 
 ABOUT = (
     "Tunes an encoder for classification, and judges it on patients that it never saw: everything that is chosen is",
@@ -22,19 +21,17 @@ ABOUT = (
 )
 
 
+def load() -> tuple[type[BaseModel], Callable[..., object]]:
+    """The stage, imported late: torch takes seconds, and a queue's signal may come meanwhile."""
+    from .classify.config import FinetuneConfig
+    from .classify.stage import finetune
+
+    return FinetuneConfig, finetune
+
+
 def start(command: str, arguments: Sequence[str]) -> None:
     """Read the command line and tune."""
-    try:
-        with StopSignals() as signals:
-            from .classify.config import FinetuneConfig
-            from .classify.stage import finetune
-
-            rest = [argument for argument in arguments if argument != "--sweep"]
-            stage = partial(finetune, sweeps=len(rest) < len(arguments), signals=signals)
-            run_stage(command, FinetuneConfig, stage, rest, ABOUT)
-    except KeyboardInterrupt:
-        print(f"miram: {INTERRUPTED}", file=sys.stderr, flush=True)
-        os._exit(FAILED)  # at once: torch's clean-up of what was interrupted may crash
+    start_stage(command, arguments, load, ("--sweep", "sweeps"), ABOUT)
 
 
 def main() -> None:

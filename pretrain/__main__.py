@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel
 
 if not __package__:
     sys.exit("start this with `python -m miram.pretrain CONFIG …`, not by its file name")
 
-from ..engine.command import run_stage
-from ..engine.errors import FAILED, INTERRUPTED, exit_code
-from ..engine.signals import StopSignals
+from ..engine.command import start_stage
+from ..engine.errors import exit_code
 
 ABOUT = (
     "Trains an encoder on shards. The same command goes on with an unfinished run, also on another number of ranks.",
@@ -21,19 +20,17 @@ ABOUT = (
 )
 
 
+def load() -> tuple[type[BaseModel], Callable[..., object]]:
+    """The stage, imported late: torch takes seconds, and a queue's signal may come meanwhile."""
+    from .config import PretrainConfig
+    from .stage import pretrain
+
+    return PretrainConfig, pretrain
+
+
 def start(command: str, arguments: Sequence[str]) -> None:
     """Read the command line and train."""
-    try:
-        with StopSignals() as signals:
-            from .config import PretrainConfig
-            from .stage import pretrain
-
-            rest = [argument for argument in arguments if argument != "--dry-run"]
-            stage = partial(pretrain, dry_run=len(rest) < len(arguments), signals=signals)
-            run_stage(command, PretrainConfig, stage, rest, ABOUT)
-    except KeyboardInterrupt:
-        print(f"miram: {INTERRUPTED}", file=sys.stderr, flush=True)
-        os._exit(FAILED)  # at once: torch's clean-up of what was interrupted may crash
+    start_stage(command, arguments, load, ("--dry-run", "dry_run"), ABOUT)
 
 
 def main() -> None:

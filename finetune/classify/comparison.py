@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...engine.errors import UserError
 from ...engine.files import read_json
@@ -27,12 +28,50 @@ from .predictions import read_predictions
 from .units import Cases, cases
 
 
+class Compared(Protocol):
+    """A finished run, as far as it takes to compare it."""
+
+    @property
+    def truth(self) -> Ints:
+        """(m,) classes of its cases, or (m, k) labels: every bootstrap sample has each."""
+        ...
+
+    @property
+    def patients(self) -> NDArray[np.str_]:
+        """(m,) whose its cases are."""
+        ...
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """Its result.json."""
+        ...
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+        ...
+
+    def samples(self, draws: Draws) -> Floats:
+        """(R,) the figure on each bootstrap sample of patients."""
+        ...
+
+
 @dataclass(frozen=True)
 class Told:
     """What a finished run says: its cases at the level that leads, and its result.json."""
 
     cases: Cases
     result: Mapping[str, Any]
+
+    @property
+    def truth(self) -> Ints:
+        """(m,) or (m, k) of its cases."""
+        return self.cases.truth
+
+    @property
+    def patients(self) -> NDArray[np.str_]:
+        """(m,) whose its cases are."""
+        return self.cases.patients
 
     @property
     def metric(self) -> Metric:
@@ -97,7 +136,7 @@ class Standing:
 
 
 def standings(
-    told: Mapping[str, Mapping[int, Told]], seeds: Sequence[int], against: str, replicates: int, seed: int
+    told: Mapping[str, Mapping[int, Compared]], seeds: Sequence[int], against: str, replicates: int, seed: int
 ) -> dict[str, Standing]:
     """Every method that judged something.
 
@@ -111,7 +150,7 @@ def standings(
     every = [one for of in told.values() for one in of.values()]
     if not every:
         return {}
-    truth, patients = (np.concatenate([getattr(one.cases, name) for one in every]) for name in ("truth", "patients"))
+    truth, patients = (np.concatenate([getattr(one, name) for one in every]) for name in ("truth", "patients"))
     draws, times = Draws.of(truth, patients, replicates, seed), seed_draws(len(seeds), replicates, seed)
     values = {method: {s: one.value for s, one in of.items()} for method, of in told.items() if of}
     samples = {method: {s: one.samples(draws) for s, one in told[method].items()} for method in values}
@@ -161,7 +200,7 @@ def two_sided(differences: Floats) -> float | None:
 
 def mean_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Of several seeds: the largest of sizes and memory, the mean of pace, time and trainings."""
-    largest = ("trainable", "head", "adapter_bytes", "peak_memory_bytes")
+    largest = ("trainable", "parameters", "head", "adapter_bytes", "peak_memory_bytes")
     found: dict[str, float | None] = {}
     for name in (*largest, "images_per_s", "seconds", "trainings"):
         known = [cost[name] for cost in costs if cost.get(name) is not None]

@@ -11,27 +11,22 @@ goes on, one that fails is named and the others go on: the same command takes th
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ...engine.config import Tree, check, dump_yaml, parse_yaml
 from ...engine.errors import RunFailed, UserError, did_you_mean, one_line
-from ...engine.files import read_json, write_atomic
-from ...engine.run import RESULT, Run, open_run
+from ...engine.files import write_atomic
+from ...engine.run import Run, open_run
+from ..cells import folder_of, merged, tell, work_through
 from .comparison import Standing, Told, read_run, standings
 from .config import FinetuneConfig, FinetuneSection, SweepSection
 from .sweep_figure import CAPTION, draw_sweep
 from .sweep_table import Standings, content, table_csv
 
 SAME = ("kind", "classes", "separator", "readout", "folds", "headline", "operating_point", "operating_at")
-LONGEST = 80  # characters of a folder's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +146,6 @@ def budget(section: FinetuneSection) -> dict[str, float]:
     return {"candidates": candidates, "folds": search.folds, "holdout": search.holdout}
 
 
-def merged(base: Tree, update: Tree) -> Tree:
-    """Keys of sections replaced one by one; options, which are another method's, as a whole."""
-    both = {k: v for k, v in update.items() if isinstance(v, dict) and isinstance(base.get(k), dict) and k != "options"}
-    return base | update | {key: merged(base[key], value) for key, value in both.items()}
-
-
 def label(settings: FinetuneConfig, entry: str | Tree) -> str:
     """What a method is called by: its name, and in brackets what is set for it."""
     if isinstance(entry, str):
@@ -175,43 +164,6 @@ def spelled(tree: Tree, prefix: str = "") -> Iterator[str]:
             yield from spelled(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key} {value}"
-
-
-def folder_of(method: str) -> str:
-    """A name that any file system takes, and that leads nowhere else."""
-    safe = re.sub(r"[^A-Za-z0-9._=+]+", "-", method).strip("-.") or "method"
-    if len(safe) <= LONGEST:
-        return safe
-    return f"{safe[: LONGEST - 9]}-{hashlib.sha256(method.encode()).hexdigest()[:8]}"
-
-
-# ---------------------------------------------------------------------------------------------- running it
-
-
-def work_through(cells: Sequence[Cell], one: Callable[[FinetuneConfig], Run]) -> dict[Cell, str]:
-    """Run what is not finished, one after the other; and why some could not be."""
-    failed: dict[Cell, str] = {}
-    finished = {cell: cell.run.finished for cell in cells}  # asked once, so that all ranks do the same
-    if any(finished.values()):
-        say(f"sweep: {sum(finished.values())} of {len(cells)} runs are finished")
-    for number, cell in enumerate(cells, 1):
-        if finished[cell]:
-            continue
-        say(f"sweep: run {number} of {len(cells)}: {cell}")
-        try:
-            one(cell.settings)
-        except (UserError, RunFailed, torch.OutOfMemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError) and os.environ.get("WORLD_SIZE", "1") != "1":
-                raise  # the other ranks wait for this one
-            failed[cell] = one_line(str(error))
-            say(f"sweep: {cell} failed: {failed[cell]}")
-    return failed
-
-
-def say(line: str) -> None:
-    """To people, once."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- what it gives
@@ -247,20 +199,3 @@ def place(settings: FinetuneConfig, fraction: float, told: Mapping[Cell, Told]) 
     methods = dict.fromkeys(cell.method for cell in of)
     by_method = {m: {cell.seed: said for cell, said in of.items() if cell.method == m} for m in methods}
     return standings(by_method, section.seeds, section.against, settings.finetune.replicates, settings.seed)
-
-
-def tell(run: Run) -> None:
-    """The tables as lines: method, value, difference."""
-    for table in read_json(run.folder / "result.json", RESULT)["tables"]:
-        print(f"{table['title']}: {', '.join(table['columns'][:4])}")
-        for row in table["rows"]:
-            print("  " + "  ".join(f"{spoken(cell):<{24 if i else 32}}" for i, cell in enumerate(row[:4])).rstrip())
-    print(f"all of it: {run.folder / 'table.csv'}; a page of it: miram report {run.folder}")
-
-
-def spoken(cell: object) -> str:
-    """A cell of a table for a line of text."""
-    if not isinstance(cell, dict):
-        return f"{cell:.3g}" if isinstance(cell, float) else "-" if cell is None else str(cell)
-    interval = " [{:.3f}, {:.3f}]".format(*cell["interval"]) if cell.get("interval") else ""
-    return f"{cell['value']:.3f}{interval}"

@@ -24,11 +24,12 @@ from miram.engine.metrics import headline
 from miram.engine.report import write_report
 from miram.engine.run import RESULT, Run, open_run
 from miram.engine.seeding import generator
+from miram.finetune.cells import folder_of
 from miram.finetune.classify.bootstrap import Draws
 from miram.finetune.classify.comparison import read_run, seed_draws, standings, two_sided
 from miram.finetune.classify.config import FinetuneConfig, ReadoutSection
 from miram.finetune.classify.predictions import write_predictions
-from miram.finetune.classify.sweep import folder_of, grid, sweep
+from miram.finetune.classify.sweep import grid, sweep
 
 PATIENTS, FOLDS, SAMPLES = 40, 2, 40
 SIGNAL = {"linear": 0.5, "lora": 1.0, "full": 0.0}

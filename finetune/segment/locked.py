@@ -1,0 +1,173 @@
+"""A segmentation model as it goes out: it reads any image as it read those of its test, and nothing in it may change.
+
+RUN/model/model.json            {"schema", "classes", "kind", "model", "model_options", "zeroed", "encoder": as it was
+                                named or null, "base": {"architecture", …, "digest"} or null, "method", "options",
+                                "channels", "image_size", "mm_per_pixel", "long_side", "mean", "std", "thresholds",
+                                "smallest", "overlap", "flips", "preprocessing": […], "trained_on": {…},
+                                "files": {NAME: sha256}, "digest"}
+RUN/model/adapter/              what learnt of the encoder (finetune/peft/files.py)
+RUN/model/network.safetensors   the decoder; of a network without an encoder, all of it
+
+The folder appears whole or not at all. `digest` is sha256 over all else in model.json, which holds those of the files:
+it names the model. The encoder itself is not in the folder.
+Legend: K classes, H W of an image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ...data.crops import Resolution
+from ...data.record import MaskKind
+from ...data.shards import Sample
+from ...data.views import Normalisation
+from ...engine.errors import UserError
+from ...engine.launch import device
+from ...engine.tensors import read_into
+from ..classify.cards import TrainedOn
+from ..peft.base import write_all
+from ..peft.files import load, save
+from ..sealed import CARD, SealedCard, read_base, read_card, refuse_unfinished, refuse_without, seal, whole_folder
+from .decoders import EncoderDecoder
+from .inference import Reading, masked, probabilities
+from .models import build
+
+MODEL = "miram.segmenter/1"
+ADAPTER, NETWORK = "adapter", "network.safetensors"
+
+
+class SegmentCard(SealedCard):
+    """model.json."""
+
+    classes: tuple[str, ...]
+    kind: MaskKind
+    model: str
+    model_options: dict[str, Any]
+    zeroed: bool
+    method: str
+    options: dict[str, Any]
+    channels: int
+    mm_per_pixel: float | None
+    long_side: int | None
+    thresholds: tuple[float, ...] | None
+    smallest: int
+    overlap: float
+    flips: tuple[tuple[int, ...], ...]
+    preprocessing: tuple[dict[str, Any], ...]
+    trained_on: TrainedOn
+
+    @property
+    def measured(self) -> bool:
+        """Whether a film must say its spacing."""
+        return self.mm_per_pixel is not None
+
+    def reading(self, batch_size: int = 8) -> Reading:
+        """How an image is read."""
+        resolution, normalise = Resolution(self.mm_per_pixel, self.long_side), Normalisation(self.mean, self.std)
+        return Reading(self.image_size, resolution, normalise, self.overlap, self.flips, batch_size)
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A model with everything that turns an image into a mask."""
+
+    card: SegmentCard
+    model: nn.Module
+    batch_size: int = 8
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits that name the model."""
+        return self.card.digest or self.card.own_digest()
+
+    def probabilities(self, sample: Sample) -> NDArray[np.float32]:
+        """(K, H, W) of a sample, in its stored geometry.
+
+        Raises:
+            UserError: the sample has other channels, or not the resolution that the model reads.
+        """
+        found = 1 if sample.pixels.ndim == 2 else sample.pixels.shape[2]
+        if found != self.card.channels:
+            raise UserError(
+                f"sample {sample.key} has {found} channels, and the model takes {self.card.channels}; ingest it again "
+                f"with --channels {self.card.channels}"
+            )
+        return probabilities(self.model, sample, self.card.reading(self.batch_size), device())
+
+    def mask(self, said: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """(H, W) class numbers of (K, H, W) probabilities."""
+        return masked(said, self.card.thresholds, self.card.smallest)
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write_segmenter(folder: Path, card: SegmentCard, model: nn.Module) -> SegmentCard:
+    """Write a model; one that is there, of an earlier start of the same run, goes.
+
+    Returns:
+        The card with its digest.
+    """
+    with whole_folder(folder) as part:
+        if isinstance(model, EncoderDecoder):
+            save(model.taps.tuned, part / ADAPTER)
+        write_all(part / NETWORK, own_state(model))
+        return seal(part, MODEL, card)
+
+
+def own_state(model: nn.Module) -> Mapping[str, Tensor]:
+    """What a file holds beside the encoder's adapter."""
+    part: nn.Module = model.decoder if isinstance(model, EncoderDecoder) else model
+    return {name: tensor.detach().cpu() for name, tensor in part.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def is_segmenter(run: str | Path) -> bool:
+    """Whether a run or a model's folder is one of `miram segment`."""
+    run = Path(run)
+    path = next((p for p in (run / CARD, run / "model" / CARD) if p.is_file()), None)
+    if path is not None:
+        return bool(json.loads(path.read_text() or "{}").get("schema") == MODEL)
+    state = run / "state.json"
+    return state.is_file() and bool(json.loads(state.read_text() or "{}").get("stage") == "segment")
+
+
+def read_segmenter(run: str | Path, encoder: str | None = None, batch_size: int = 8) -> Segmenter:
+    """The model of a finished run.
+
+    Args:
+        run: the run's folder, or a folder of a model that was copied from one.
+        encoder: where the encoder now lies, if no longer where the run found it.
+        batch_size: tiles judged at once.
+
+    Raises:
+        UserError: there is no finished run of `miram segment`, the model is damaged, or the encoder is not there or is
+            another one.
+    """
+    folder = Path(run)
+    if not (folder / CARD).is_file():
+        refuse_unfinished(folder, "segment")
+        folder /= "model"
+    card = read_card(folder, MODEL, SegmentCard)
+    refuse_without(folder, card, NETWORK)
+    tuned = None
+    if card.base is not None:
+        assert card.encoder is not None
+        vit = read_base(folder, card, encoder)
+        tuned = load(folder / ADAPTER, vit)
+    with torch.random.fork_rng():
+        model = build(card.model, card.model_options, tuned, card.channels, len(card.classes), card.zeroed)
+    part: nn.Module = model.decoder if isinstance(model, EncoderDecoder) else model
+    read_into(folder / NETWORK, part.state_dict().items())
+    return Segmenter(card, model.requires_grad_(False).eval().to(device()), batch_size)

@@ -1,0 +1,263 @@
+"""The segmentation stage: masks in, figures of unseen patients and a locked model out.
+
+    RUN/result.json      the figure that leads, every metric with its interval, what it cost
+    RUN/cases.csv        one row a judged image and class; lesions.csv, candidates.csv one a lesion and a mark
+    RUN/masks/           what was said of every judged image
+    RUN/figures/         overlays, FROC, strata
+    RUN/model/           what `miram predict` takes (locked.py)
+    RUN/fits/            the trainings; a start that was stopped goes on from them (fits.py)
+    RUN/../masks/        what the data's masks hold, looked at once for the runs beside this one
+
+Where the data has train and test patients, the test is judged once, and the model that judged it is the one that is
+kept. Else folds of patients judge the procedure, and the kept model is what the same procedure makes of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from ...data.opening import open_shards
+from ...engine.config import load
+from ...engine.errors import UserError
+from ...engine.files import read_json
+from ...engine.launch import make_accelerator, together
+from ...engine.metrics import Ints
+from ...engine.run import RESULT, Run, open_run
+from ...engine.signals import StopSignals
+from ...pretrain.weights.loading import encoder_digest, read_encoder
+from ..classify.cards import TrainedOn, preprocessing_of
+from ..classify.telling import say
+from ..features import check_channels
+from ..peft.files import Base
+from ..peft.registry import describe
+from ..seen import seen
+from ..task import Fold
+from .bench import Bench
+from .casefile import write_cases
+from .cases import Case
+from .config import SegmentConfig, SegmentSection
+from .figures import draw_figures
+from .fits import MASKS, Fit, Fits, rules_of
+from .judging import figures_of
+from .locked import SegmentCard, write_segmenter
+from .models import NEEDS_ENCODER, read_model
+from .splits import outer
+from .survey import survey
+from .sweep import sweep
+from .target import Asked, read_target
+
+
+def segment(
+    config: str, arguments: Sequence[str] = (), *, sweeps: bool = False, signals: StopSignals | None = None
+) -> Run:
+    """`miram segment CONFIG --a.b=value …`, as the only rank or as one of many.
+
+    Args:
+        sweeps: models side by side, as the `sweep` section says (sweep.py).
+        signals: those that came before this was called.
+
+    Raises:
+        UserError: configuration, encoder, data or run folder are not usable.
+        Preempted: stopped on a signal; what was trained is kept.
+        RunFailed: a training failed, or the disk is full.
+    """
+    settings = load(SegmentConfig, config, arguments)
+    accelerator = make_accelerator(settings.train.deterministic)
+    out = Path(settings.out)
+    cache = (out if sweeps else out.parent) / "masks"
+    one = partial(run_one, accelerator=accelerator, signals=signals or StopSignals(), cache=cache)
+    return sweep(settings, one, open_shards(settings.data).inputs) if sweeps else one(settings)
+
+
+def run_one(settings: SegmentConfig, accelerator: Accelerator, signals: StopSignals, cache: Path) -> Run:
+    """One model; `cache` is the folder of what the masks hold.
+
+    Raises:
+        UserError, Preempted, RunFailed: as `segment`.
+    """
+    bench, splits, split_name = prepare(settings, accelerator, signals, cache)
+    run = Run(Path(settings.out), "segment")
+    inputs = inputs_of(settings)
+    together(accelerator, lambda: open_run(settings, settings.out, "segment", inputs) if bench.main else None)
+    if run.finished:
+        accelerator.print(f"{run.folder} is finished; nothing to do")
+    else:
+        with run.recorded(writes=bench.main):
+            Stage(bench, run, splits, split_name).run_through()
+        accelerator.wait_for_everyone()
+    if bench.main:
+        say(read_json(run.folder / "result.json", RESULT))
+    return run
+
+
+def inputs_of(settings: SegmentConfig) -> dict[str, str]:
+    """Digests of what a run reads."""
+    encoder = settings.segment.encoder
+    return open_shards(settings.data).inputs | ({"encoder": encoder_digest(encoder)} if encoder else {})
+
+
+def prepare(
+    settings: SegmentConfig, accelerator: Accelerator, signals: StopSignals, cache: Path
+) -> tuple[Bench, list[Fold], str]:
+    """All that can be refused before anything is written.
+
+    Raises:
+        UserError: data, encoder, model or method do not fit each other.
+    """
+    section = settings.segment
+    read_model(section.model, section.model_options)
+    if (section.model in NEEDS_ENCODER) != (section.encoder is not None):
+        how = "needs an encoder; name it" if section.model in NEEDS_ENCODER else "stands on no encoder; set it to null"
+        raise UserError(f"segment.encoder: {section.model} {how}")
+    shards = open_shards(settings.data)
+    asked = read_asked(shards, section, accelerator, cache)
+    splits, name = outer(asked.task, section.folds, settings.seed)
+    vit, said = None, list[str]()
+    if section.encoder is not None:
+        vit, said = read_encoder(section.encoder, section.image_size, shards.channels)
+        check_channels(vit, shards)
+    bench = Bench(settings, shards, asked, vit, accelerator, signals)
+    bench.fresh(0)  # whatever does not fit is found now, and not in a run folder that is then in the way
+    bench.check_resolution()
+    for line in said[-1:]:
+        accelerator.print(f"miram: encoder {section.encoder}: {line}")
+    return bench, splits, name
+
+
+def read_asked(shards: Any, section: SegmentSection, accelerator: Accelerator, cache: Path) -> Asked:
+    """What the masks ask for; the main process looks first."""
+    together(accelerator, lambda: survey(shards, cache) if accelerator.is_main_process else None)
+    return read_target(shards, survey(shards, cache), section)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run: every outer fold, the last model, and what is written of them."""
+
+    bench: Bench
+    run: Run
+    splits: Sequence[Fold]
+    split_name: str
+
+    def run_through(self) -> None:
+        """Judge, keep, tell."""
+        wanted = not self.model.exists() and (self.alone or self.bench.section.final)
+        self.bench.accelerator.wait_for_everyone()  # before any rank makes the folder, all have looked for it
+        fits = Fits(self.bench, self.run.folder)
+        found = [self.fold(fits, number, keep=wanted and self.alone) for number in range(len(self.splits))]
+        if wanted:
+            everybody = self.everybody
+            self.keep(found[0] if self.alone else fits.fit(everybody, everybody[:0], "final", 0, keep=True))
+        if self.bench.main:
+            self.write(found)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one model judges all: that of an official split."""
+        return len(self.splits) == 1
+
+    @property
+    def model(self) -> Path:
+        """Folder of the model."""
+        return self.run.folder / "model"
+
+    @property
+    def everybody(self) -> Ints:
+        """All images that the kept model may learn from."""
+        return self.training(0) if self.alone else np.arange(len(self.bench.asked.keys))
+
+    def training(self, number: int) -> Ints:
+        """Images of an outer fold's training patients, the official `val` among them."""
+        fit, splits = self.splits[number][0], self.bench.asked.task.splits
+        val = np.flatnonzero(splits == "val") if self.alone else fit[:0]
+        return np.union1d(fit, val)
+
+    def fold(self, fits: Fits, number: int, *, keep: bool) -> Fit:
+        """What came of one outer fold."""
+        return fits.fit(self.training(number), self.splits[number][1], f"outer-{number}", number, keep=keep)
+
+    def keep(self, fit: Fit) -> None:
+        """Write the model."""
+        if self.bench.main:
+            assert fit.model is not None
+            write_segmenter(self.model, card_for(self.bench, self.everybody, fit.thresholds), fit.model)
+        self.bench.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------------------------------ telling
+
+    def write(self, found: Sequence[Fit]) -> None:
+        """Figures, cases, pictures."""
+        bench, run = self.bench, self.run
+        section, target, cases = bench.section, bench.asked.target, [case for fit in found for case in fit.cases]
+        write_cases(run.folder, cases, target.classes)
+        content = figures_of(cases, target.classes, rules_of(section), section.replicates, bench.settings.seed)
+        split = bench.settings.data.split
+        within = f", within split {split!r}" if split and split in bench.asked.task.splits else ""
+        content |= {"split": self.split_name + within, "cost": cost(found), "rules": asdict(rules_of(section))}
+        content["notes"] = [*self.notes(cases, found), *content["notes"]]
+        masks = run.folder / MASKS
+        rows = dict(zip(bench.asked.keys.tolist(), bench.asked.task.chosen.tolist(), strict=True))
+        figures = run.folder / "figures"
+        captions = draw_figures(figures, cases, bench.shards, rows, masks, target, bench.settings.seed)
+        run.caption(captions)
+        run.result(content)
+
+    def notes(self, cases: Sequence[Case], found: Sequence[Fit]) -> list[str]:
+        """What a reader of the figures has to know."""
+        bench, section = self.bench, self.bench.section
+        rows = dict(zip(bench.asked.keys.tolist(), bench.asked.task.chosen.tolist(), strict=True))
+        judged = [int(rows[case.key]) for case in cases]
+        told = [] if section.encoder is None else [seen(bench.shards, bench.settings.data, section.encoder, judged)]
+        told += bench.asked.notes
+        how = {fit.inner for fit in found if fit.inner}
+        if how:
+            thresholds = ", ".join(f"{t:g}" for fit in found for t in fit.thresholds or ())
+            told.append(f"Thresholds {thresholds}, chosen on {'; '.join(sorted(how))} by pooled Dice.")
+        elif section.threshold is not None and bench.asked.target.lesions:
+            told.append(f"A lesion is said from probability {section.threshold:g} on, as configured.")
+        learn, total = (found[0].cost[name] for name in ("trainable", "parameters"))
+        return [*told, f"{learn:,} of {total:,} parameters learnt."]
+
+
+def card_for(bench: Bench, fit: Ints, thresholds: tuple[float, ...] | None) -> SegmentCard:
+    """The card of a model that learnt from, or chose by, these images."""
+    section, reading, shards = bench.section, bench.reading, bench.shards
+    same = ("model", "model_options", "zeroed", "encoder", "method", "options", "mm_per_pixel", "long_side", "smallest")
+    patients = bench.asked.task.patients[fit]
+    records = tuple((manifest["dataset"], manifest["records"]) for manifest in shards.manifests)
+    of = tuple(sorted({patient.rpartition("/")[2] for patient in patients.tolist()}))
+    return SegmentCard(
+        classes=bench.asked.target.classes,
+        kind=bench.asked.target.kind,
+        base=None if bench.encoder is None else Base(**describe(bench.encoder)),
+        channels=shards.channels,
+        image_size=bench.size,
+        mean=bench.normalise.mean,
+        std=bench.normalise.std,
+        thresholds=thresholds,
+        overlap=reading.overlap,
+        flips=reading.flips,
+        preprocessing=preprocessing_of(shards),
+        trained_on=TrainedOn(images=len(fit), patients=len(np.unique(patients)), records=records, of=of),
+        **{name: getattr(section, name) for name in same},
+    )
+
+
+def cost(found: Sequence[Fit]) -> dict[str, Any]:
+    """What the trainings took: the largest of sizes and memory, the mean of pace, all the time."""
+    costs: list[Mapping[str, Any]] = [fit.cost for fit in found]
+    return {
+        "trainable": max(one["trainable"] for one in costs),
+        "parameters": max(one["parameters"] for one in costs),
+        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in costs),
+        "images_per_s": float(np.mean([one["images_per_s"] for one in costs])),
+        "seconds": float(sum(one["seconds"] for one in costs)),
+        "trainings": len(costs),
+    }
