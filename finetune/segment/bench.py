@@ -134,7 +134,8 @@ class Bench:
                 set_drop_path(vit, section.drop_path)
             tuned = apply(vit, "linear" if section.method == FROZEN else section.method, **section.options)
         classes = len(self.asked.target.classes)
-        return build(section.model, section.model_options, tuned, self.shards.channels, classes, section.zeroed).train()
+        zeroed = section.control == "zeroed"
+        return build(section.model, section.model_options, tuned, self.shards.channels, classes, zeroed).train()
 
     def make(self, images: Ints, place: Path, seed: int) -> nn.Module:
         """A model trained on some images; a training that was stopped goes on."""

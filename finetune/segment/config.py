@@ -38,8 +38,9 @@ class SegmentSection(Section):
     """how the encoder learns: frozen, full, or a tuning method (docs/tuning.md)"""
     options: dict[str, Any] = {}
     """of the method, e.g. {rank: 8}"""
-    zeroed: bool = False
-    """a control: the decoder is given zeros for what the encoder sees"""
+    control: Literal["untrained", "zeroed"] | None = None
+    """what the encoder's pretraining, or the encoder, is worth: one of the same shape with random weights, or zeros for
+    what it sees"""
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     """of a tile; null: what the encoder was pretrained on, 256 for mdsa_unet and unet"""
     mm_per_pixel: PositiveFloat | None = None
@@ -50,8 +51,8 @@ class SegmentSection(Section):
     """of masks that hold classes: {name: [values]}, background first, `ignored` for values that count for nothing;
     null: every value a class"""
     lesion: Literal["auto", "finding", "part"] = "auto"
-    """what counts as one: a numbered finding, be it in several parts, or every connected part; auto: a part where no mask
-    of the data numbers more than one finding"""
+    """what counts as one: a numbered finding, be it in several parts, or every connected part; auto: a part where no
+    mask of the data numbers more than one finding"""
     unmasked: Literal["auto", "negative", "left_out"] = "auto"
     """images without a mask: nothing is there, or nobody looked; auto: the former where masks hold findings"""
     loss: Literal["ce", "focal"] = "ce"
@@ -114,8 +115,8 @@ class SegmentSweepSection(Section):
 
     models: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {
         "light": {},
-        "light, random encoder": {"encoder": "random"},
-        "light, no encoder": {"zeroed": True},
+        "light, untrained encoder": {"control": "untrained"},
+        "light, no encoder": {"control": "zeroed"},
         "mdsa_unet": {"model": "mdsa_unet", "encoder": None},
         "unet": {"model": "unet", "encoder": None},
     }

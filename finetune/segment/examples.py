@@ -22,6 +22,7 @@ from scipy import ndimage
 from ...data.findings import IGNORED
 from ...data.shards import Sample, ShardDataset
 from .cases import Case, Lesion
+from .measures import dice_of
 from .overlay import Mask, draw_overlay, present
 from .target import TOUCHING, Target
 
@@ -96,12 +97,6 @@ def taken(of: Sequence[Example], used: set[str], count: int) -> list[Example]:
             kept.append(example)
             used.add(example.case.key)
     return kept
-
-
-def dice_of(case: Case) -> float:
-    """The mean over the classes that are on an image; nan where none is."""
-    there = [overlap.dice for overlap in case.overlaps if overlap.truth]
-    return float(np.mean(there)) if there else float("nan")
 
 
 def by_dice(cases: Sequence[Case]) -> dict[str, list[Example]]:

@@ -1,10 +1,10 @@
 """A segmentation model as it goes out: it reads any image as it read those of its test, and nothing in it may change.
 
-RUN/model/model.json            {"schema", "classes", "kind", "model", "model_options", "zeroed", "encoder": as it was
-                                named or null, "base": {"architecture", …, "digest"} or null, "method", "options",
-                                "channels", "image_size", "mm_per_pixel", "long_side", "mean", "std", "thresholds",
-                                "smallest", "overlap", "flips", "preprocessing": […], "trained_on": {…},
-                                "files": {NAME: sha256}, "digest"}
+RUN/model/model.json            {"schema", "classes", "kind", "model", "model_options", "control", "control_seed",
+                                "encoder": as it was named or null, "base": {"architecture", …, "digest"} or null,
+                                "method", "options", "channels", "image_size", "mm_per_pixel", "long_side", "mean",
+                                "std", "thresholds", "smallest", "overlap", "flips", "preprocessing": […],
+                                "trained_on": {…}, "files": {NAME: sha256}, "digest"}
 RUN/model/adapter/              what learnt of the encoder (finetune/peft/files.py)
 RUN/model/network.safetensors   the decoder; of a network without an encoder, all of it
 
@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from ...data.views import Normalisation
 from ...engine.errors import UserError
 from ...engine.launch import device
 from ...engine.tensors import read_into
+from ...pretrain.encoder import Encoder
+from ...pretrain.weights.loading import random_like
 from ..classify.cards import TrainedOn
 from ..peft.base import write_all
 from ..peft.files import load, save
@@ -52,7 +54,8 @@ class SegmentCard(SealedCard):
     kind: MaskKind
     model: str
     model_options: dict[str, Any]
-    zeroed: bool
+    control: Literal["untrained", "zeroed"] | None
+    control_seed: int
     method: str
     options: dict[str, Any]
     channels: int
@@ -164,10 +167,16 @@ def read_segmenter(run: str | Path, encoder: str | None = None, batch_size: int 
     tuned = None
     if card.base is not None:
         assert card.encoder is not None
-        vit = read_base(folder, card, encoder)
+        vit = untrained(card) if card.control == "untrained" else read_base(folder, card, encoder)
         tuned = load(folder / ADAPTER, vit)
     with torch.random.fork_rng():
-        model = build(card.model, card.model_options, tuned, card.channels, len(card.classes), card.zeroed)
+        model = build(card.model, card.model_options, tuned, card.channels, len(card.classes), card.control == "zeroed")
     part: nn.Module = model.decoder if isinstance(model, EncoderDecoder) else model
     read_into(folder / NETWORK, part.state_dict().items())
     return Segmenter(card, model.requires_grad_(False).eval().to(device()), batch_size)
+
+
+def untrained(card: SegmentCard) -> Encoder:
+    """The encoder that a control stood on: its weights follow from a seed."""
+    assert card.encoder is not None
+    return random_like(card.encoder, card.control_seed, card.image_size, card.channels)

@@ -30,8 +30,10 @@ from ...engine.files import read_json
 from ...engine.launch import make_accelerator, together
 from ...engine.metrics import Ints
 from ...engine.run import RESULT, Run, open_run
+from ...engine.seeding import stable_seed
 from ...engine.signals import StopSignals
-from ...pretrain.weights.loading import encoder_digest, read_encoder
+from ...pretrain.encoder import Encoder
+from ...pretrain.weights.loading import encoder_digest, random_like, read_encoder
 from ..classify.cards import TrainedOn, preprocessing_of
 from ..classify.telling import say
 from ..features import check_channels
@@ -121,7 +123,7 @@ def prepare(
     splits, name = outer(asked.task, section.folds, settings.seed)
     vit, said = None, list[str]()
     if section.encoder is not None:
-        vit, said = read_encoder(section.encoder, section.image_size, shards.channels)
+        vit, said = encoder_of(section, shards.channels, control_seed(settings))
         check_channels(vit, shards)
     bench = Bench(settings, shards, asked, vit, accelerator, signals)
     bench.fresh(0)  # whatever does not fit is found now, and not in a run folder that is then in the way
@@ -129,6 +131,19 @@ def prepare(
     for line in said[-1:]:
         accelerator.print(f"miram: encoder {section.encoder}: {line}")
     return bench, splits, name
+
+
+def encoder_of(section: SegmentSection, channels: int, seed: int) -> tuple[Encoder, list[str]]:
+    """The encoder, or one of its shape that saw nothing; and what became of every key of its file."""
+    assert section.encoder is not None
+    if section.control == "untrained":
+        return random_like(section.encoder, seed, section.image_size, channels), []
+    return read_encoder(section.encoder, section.image_size, channels)
+
+
+def control_seed(settings: SegmentConfig) -> int:
+    """Of an untrained encoder's weights."""
+    return stable_seed(settings.seed, "control") % 2**63
 
 
 def read_asked(shards: Any, section: SegmentSection, accelerator: Accelerator, cache: Path) -> Asked:
@@ -214,7 +229,7 @@ class Stage:
         bench, section = self.bench, self.bench.section
         rows = dict(zip(bench.asked.keys.tolist(), bench.asked.task.chosen.tolist(), strict=True))
         judged = [int(rows[case.key]) for case in cases]
-        told = [] if section.encoder is None else [seen(bench.shards, bench.settings.data, section.encoder, judged)]
+        told = self.pretrained(judged)
         told += bench.asked.notes
         how = {fit.inner for fit in found if fit.inner}
         if how:
@@ -225,11 +240,31 @@ class Stage:
         learn, total = (found[0].cost[name] for name in ("trainable", "parameters"))
         return [*told, f"{learn:,} of {total:,} parameters learnt."]
 
+    def pretrained(self, judged: Sequence[int]) -> list[str]:
+        """What the encoder saw."""
+        section = self.bench.section
+        if section.encoder is None:
+            return []
+        if section.control == "untrained":
+            return ["A control: an encoder of the same shape with random weights."]
+        saw = [seen(self.bench.shards, self.bench.settings.data, section.encoder, judged)]
+        return [*saw, *(["A control: the decoder is given zeros for what the encoder sees."] * bool(section.control))]
+
 
 def card_for(bench: Bench, fit: Ints, thresholds: tuple[float, ...] | None) -> SegmentCard:
     """The card of a model that learnt from, or chose by, these images."""
     section, reading, shards = bench.section, bench.reading, bench.shards
-    same = ("model", "model_options", "zeroed", "encoder", "method", "options", "mm_per_pixel", "long_side", "smallest")
+    same = (
+        "model",
+        "model_options",
+        "control",
+        "encoder",
+        "method",
+        "options",
+        "mm_per_pixel",
+        "long_side",
+        "smallest",
+    )
     patients = bench.asked.task.patients[fit]
     records = tuple((manifest["dataset"], manifest["records"]) for manifest in shards.manifests)
     of = tuple(sorted({patient.rpartition("/")[2] for patient in patients.tolist()}))
@@ -238,6 +273,7 @@ def card_for(bench: Bench, fit: Ints, thresholds: tuple[float, ...] | None) -> S
         kind=bench.asked.target.kind,
         base=None if bench.encoder is None else Base(**describe(bench.encoder)),
         channels=shards.channels,
+        control_seed=control_seed(bench.settings),
         image_size=bench.size,
         mean=bench.normalise.mean,
         std=bench.normalise.std,

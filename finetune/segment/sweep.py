@@ -127,7 +127,7 @@ def derived(settings: SegmentConfig, name: str, changes: Tree, seed: int, out: s
     tree: Tree = parse_yaml(dump_yaml(settings), "the sweep's configuration")
     common = settings.segment
     if changes.get("model", common.model) != common.model:
-        tree["segment"] |= {"model_options": {}, "encoder": common.encoder, "zeroed": False}
+        tree["segment"] |= {"model_options": {}, "control": None}
     if changes.get("method", common.method) != common.method:
         tree["segment"]["options"] = {}
     tree["segment"] = merged(tree["segment"], changes)

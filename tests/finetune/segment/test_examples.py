@@ -11,7 +11,8 @@ from pictured import case, lesion, lesions, sample, square, tissues
 from PIL import Image
 
 from miram.finetune.segment.cases import Case, Overlap
-from miram.finetune.segment.examples import dice_of, draw_examples, examples, largest_false
+from miram.finetune.segment.examples import draw_examples, examples, largest_false
+from miram.finetune.segment.measures import dice_of
 
 CLASSES = ("background", "lesion")
 
