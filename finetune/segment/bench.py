@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,12 +132,12 @@ class Bench:
             if section.drop_path:
                 set_drop_path(vit, section.drop_path)
             tuned = apply(vit, "linear" if section.method == FROZEN else section.method, **section.options)
-        classes = len(self.asked.target.classes)
-        zeroed = section.control == "zeroed"
-        return build(section.model, section.model_options, tuned, self.shards.channels, classes, zeroed).train()
+        target, zeroed = self.asked.target, section.control == "zeroed"
+        of = self.shards.channels, len(target.classes)
+        return build(section.model, section.model_options, tuned, *of, zeroed, rare=target.lesions).train()
 
     def make(self, images: Ints, place: Path, seed: int) -> nn.Module:
-        """A model trained on some images; a training that was stopped goes on."""
+        """A model trained on some images; one that was stopped goes on, and its checkpoints are left."""
         images = np.sort(images)
         train = self.recipe(len(images))
         objective = Segment(self.fresh(seed), self.section.loss, self.section.dice)
@@ -148,8 +147,6 @@ class Bench:
             run, objective, stream, train, seed, self.accelerator, twin=twin, signals=self.signals, quiet=True
         ).fit()
         self.accelerator.free_memory()
-        if self.main:
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
         return cast(Segment, twin.model).model.eval()
 
     def recipe(self, images: int) -> TrainSection:

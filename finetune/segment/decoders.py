@@ -12,7 +12,7 @@ Legend: B images, C channels, H W pixels; D width of tokens, h w patches, p pixe
 from __future__ import annotations
 
 from math import gcd
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +113,8 @@ class Unetr(nn.Module):
             raise UserError(
                 f"unetr needs patches of {PATCH} x {PATCH} pixels, not {patch[0]} x {patch[1]}; choose light"
             )
-        f, how = feature_size, {"kernel_size": 3, "norm_name": "instance", "res_block": True}
-        once = {"stride": 1, **how}
+        how: dict[str, Any] = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
+        f, once = feature_size, {"stride": 1, **how}
         self.image = UnetrBasicBlock(2, in_chans, f, **once)
         self.skips = nn.ModuleList(
             UnetrPrUpBlock(2, dim, f * 2**i, 3 - i, upsample_kernel_size=2, conv_block=True, **once) for i in (1, 2, 3)

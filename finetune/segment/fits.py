@@ -27,6 +27,7 @@ from ...data.shards import Sample
 from ...engine.errors import RunFailed
 from ...engine.files import make_folder, read_json, write_atomic, write_json
 from ...engine.metrics import Ints
+from ...engine.run import Run
 from ...engine.seeding import stable_seed
 from ...engine.track import Meter, reset_peak_memory
 from ..classify.search import spending
@@ -91,6 +92,9 @@ class Fits:
             facts = {"learnt_from": len(known), "chosen_on": len(held)}
             chosen = {"thresholds": thresholds, "inner": how, **facts, "cost": cost}
             write_json(place / "fit.json", FIT, chosen)
+            shutil.rmtree(
+                Run(place, "segment").checkpoints, ignore_errors=True
+            )  # not before: judging may be stopped, too
         bench.accelerator.wait_for_everyone()
         return self.read(place, model)
 

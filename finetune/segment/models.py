@@ -147,9 +147,15 @@ def read_model(name: str, options: dict[str, Any]) -> Model:
 
 
 def build(
-    name: str, options: dict[str, Any], tuned: Tuned | None, in_chans: int, num_classes: int, zeroed: bool = False
+    name: str,
+    options: dict[str, Any],
+    tuned: Tuned | None,
+    in_chans: int,
+    num_classes: int,
+    zeroed: bool = False,
+    rare: bool = True,
 ) -> nn.Module:
-    """A segmenter: images (B, in_chans, H, W) -> logits (B, num_classes, H, W), foreground rare at first.
+    """A segmenter: images (B, in_chans, H, W) -> logits (B, num_classes, H, W).
 
     Args:
         name: a key of MODELS.
@@ -158,6 +164,7 @@ def build(
         in_chans: channels of the image, and of the encoder.
         num_classes: K >= 2, background first.
         zeroed: the control: the decoder is given zeros for maps.
+        rare: foreground is, as lesions are; tissues are not.
 
     Raises:
         UserError: no such model or option, an encoder too many or too few, or one that the model cannot read.
@@ -165,12 +172,11 @@ def build(
     assert num_classes >= 2, "background is a class"
     chosen = read_model(name, options)
     if chosen.encoder and tuned is None:
-        raise UserError(
-            f"{name} decodes what an encoder sees, and none is named: name one, or choose mdsa_unet or unet"
-        )
+        raise UserError(f"{name} decodes what an encoder sees: name an encoder, or choose mdsa_unet or unet")
     if not chosen.encoder and (tuned or zeroed):
         raise UserError(f"{name} is a network of its own: name no encoder and no control without one, or choose light")
-    return start_rare(chosen.make(tuned, in_chans, num_classes, zeroed), num_classes)
+    model = chosen.make(tuned, in_chans, num_classes, zeroed)
+    return start_rare(model, num_classes) if rare else model
 
 
 def start_rare(model: nn.Module, num_classes: int) -> nn.Module:

@@ -118,6 +118,8 @@ def prepare(
     if (section.model in NEEDS_ENCODER) != (section.encoder is not None):
         how = "needs an encoder; name it" if section.model in NEEDS_ENCODER else "stands on no encoder; set it to null"
         raise UserError(f"segment.encoder: {section.model} {how}")
+    if section.control and section.encoder is None:
+        raise UserError(f"segment.control: {section.model} stands on no encoder to be a control of; set it to null")
     shards = open_shards(settings.data)
     asked = read_asked(shards, section, accelerator, cache)
     splits, name = outer(asked.task, section.folds, settings.seed)

@@ -31,7 +31,7 @@ from ..classify.sweep_table import numbers, scaled
 from .config import SegmentConfig, SegmentSweepSection
 from .told import LEADING, SHOWN, Told, read_run
 
-SAME = ("classes", "unmasked", "folds", "holdout", "threshold", "hit_iou", "tolerance_mm", "tolerance_px")
+SAME = ("classes", "lesion", "unmasked", "folds", "holdout", "threshold", "hit_iou", "tolerance_mm", "tolerance_px")
 UNITS: Mapping[str, tuple[str, float]] = {
     "trainable": ("trainable", 1),
     "parameters": ("of", 1),
@@ -211,12 +211,13 @@ def told_p(standing: Standing) -> str:
 
 def table_of(settings: SegmentConfig, name: str, of: Mapping[str, Standing]) -> dict[str, Any]:
     """One figure, a row a model; with the costs where it is the one that leads."""
-    costs = [*UNITS.values()] if name == LEADING else []
+    costs, seeds = [*UNITS.values()] if name == LEADING else [], len(settings.sweep.seeds)
     rows = []
     for s in of.values():
         signed = cell(s.difference)
         spent = [scaled(s.cost.get(key), unit) for key, (_, unit) in UNITS.items()] if costs else []
-        rows.append([s.method, cell(s.value), signed and {**signed, "signed": True}, s.p, *spent, by_seed(s)[6:]])
+        each = by_seed(s)[6:] + f" ({len(s.by_seed)} of {seeds} seeds)" * (len(s.by_seed) < seeds)
+        rows.append([s.method, cell(s.value), signed and {**signed, "signed": True}, s.p, *spent, each])
     columns = ["model", name, f"\N{MINUS SIGN} {settings.sweep.against}", "p", *(title for title, _ in costs)]
     return {"title": name, "columns": [*columns, "by seed"], "rows": rows, "note": ""}
 
@@ -231,8 +232,14 @@ def notes(settings: SegmentConfig, told: Sequence[Told]) -> list[str]:
         f"Intervals: 95 %, {samples} bootstrap samples, each of patients and of seeds, the same for all models, so "
         "that differences are paired. p is of no difference and not corrected for the number of rows. "
         "Other pretrainings are not in them.",
-        *(note for note in told[0].result.get("notes", []) if "px" in note or "whole" in note),
+        *in_common([one.result.get("notes", []) for one in told]),
     ]
+
+
+def in_common(notes: Sequence[Sequence[str]]) -> list[str]:
+    """What all runs say, but of intervals, which hold something else here."""
+    first, *others = notes
+    return [note for note in first if all(note in of for of in others) and not note.startswith("Intervals: ")]
 
 
 def table_csv(settings: SegmentConfig, found: Standings) -> str:

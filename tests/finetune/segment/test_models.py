@@ -103,7 +103,7 @@ def test_networks_of_their_own_take_any_size(name: str, size: tuple[int, int]) -
 def test_unet_pads_where_nothing_of_the_image_is() -> None:
     """A picture that goes on as its edge does gives what the picture alone gives."""
     model, small_one = made("unet").eval(), images(size=(48, 40))
-    whole = nn.functional.pad(small_one, (0, 8), mode="replicate")
+    whole = nn.functional.pad(small_one, (0, 8, 0, 0), mode="replicate")
     assert torch.equal(model(small_one), model(whole)[..., :40])
 
 

@@ -208,9 +208,9 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_masks(
-    phantoms: Path, encoder: Path, tmp_path: Path, stops: list[int]
+    phantoms: Path, encoder: Path, tmp_path: Path, stops: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the second fold, while images are judged: the first is not trained again."""
+    """In the second fold, while images are judged: neither fold is trained again."""
     changes: dict[str, Any] = {"data": {"split": "train"}, "folds": 2, "final": False, "threshold": 0.3}
     whole = run(phantoms, tmp_path / "whole", encoder, **changes)
     stops.append(14)
@@ -218,7 +218,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_masks(
         run(phantoms, tmp_path / "stopped", encoder, **changes)
     stops.clear()
     first = (tmp_path / "stopped/fits/outer-0/metrics.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
     resumed = run(phantoms, tmp_path / "stopped", encoder, **changes)
+    assert "going on from step 4 of 4" in capsys.readouterr().out
     assert (tmp_path / "stopped/fits/outer-0/metrics.jsonl").stat().st_mtime_ns == first
     for name in ("cases.csv", "lesions.csv", "candidates.csv"):
         assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
