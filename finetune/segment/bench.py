@@ -32,6 +32,7 @@ from .config import SegmentConfig, SegmentSection
 from .inference import Reading
 from .models import build
 from .objective import Segment
+from .taps import unpooled
 from .target import Asked
 
 FROZEN = "frozen"  # what `method: linear` is called where no linear head follows
@@ -128,7 +129,7 @@ class Bench:
         torch.manual_seed(seed)
         tuned = None
         if self.encoder is not None:
-            vit = deepcopy(self.encoder)
+            vit = unpooled(deepcopy(self.encoder))
             if section.drop_path:
                 set_drop_path(vit, section.drop_path)
             tuned = apply(vit, "linear" if section.method == FROZEN else section.method, **section.options)

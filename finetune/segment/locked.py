@@ -15,7 +15,6 @@ Legend: K classes, H W of an image.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +37,22 @@ from ...pretrain.weights.loading import random_like
 from ..classify.cards import TrainedOn
 from ..peft.base import write_all
 from ..peft.files import load, save
-from ..sealed import CARD, SealedCard, read_base, read_card, refuse_unfinished, refuse_without, seal, whole_folder
+from ..sealed import (
+    CARD,
+    SealedCard,
+    asking,
+    read_base,
+    read_card,
+    refuse_unfinished,
+    refuse_without,
+    seal,
+    whole_folder,
+    word,
+)
 from .decoders import EncoderDecoder
 from .inference import Reading, masked, probabilities
 from .models import build
+from .taps import unpooled
 
 MODEL = "miram.segmenter/1"
 ADAPTER, NETWORK = "adapter", "network.safetensors"
@@ -140,10 +151,7 @@ def is_segmenter(run: str | Path) -> bool:
     """Whether a run or a model's folder is one of `miram segment`."""
     run = Path(run)
     path = next((p for p in (run / CARD, run / "model" / CARD) if p.is_file()), None)
-    if path is not None:
-        return bool(json.loads(path.read_text() or "{}").get("schema") == MODEL)
-    state = run / "state.json"
-    return state.is_file() and bool(json.loads(state.read_text() or "{}").get("stage") == "segment")
+    return word(run / "state.json", "stage") == "segment" if path is None else word(path, "schema") == MODEL
 
 
 def read_segmenter(run: str | Path, encoder: str | None = None, batch_size: int = 8) -> Segmenter:
@@ -165,18 +173,17 @@ def read_segmenter(run: str | Path, encoder: str | None = None, batch_size: int 
     card = read_card(folder, MODEL, SegmentCard)
     refuse_without(folder, card, NETWORK)
     tuned = None
-    if card.base is not None:
-        assert card.encoder is not None
-        vit = untrained(card) if card.control == "untrained" else read_base(folder, card, encoder)
-        tuned = load(folder / ADAPTER, vit)
     with torch.random.fork_rng():
+        if card.base is not None:
+            read = untrained if card.control == "untrained" else read_base
+            tuned = load(folder / ADAPTER, read(folder, card, encoder))
         model = build(card.model, card.model_options, tuned, card.channels, len(card.classes), card.control == "zeroed")
     part: nn.Module = model.decoder if isinstance(model, EncoderDecoder) else model
     read_into(folder / NETWORK, part.state_dict().items())
     return Segmenter(card, model.requires_grad_(False).eval().to(device()), batch_size)
 
 
-def untrained(card: SegmentCard) -> Encoder:
-    """The encoder that a control stood on: its weights follow from a seed."""
-    assert card.encoder is not None
-    return random_like(card.encoder, card.control_seed, card.image_size, card.channels)
+def untrained(folder: Path, card: SegmentCard, encoder: str | None) -> Encoder:
+    """The encoder that a control stood on: its shape is of the one that is named, its weights follow from a seed."""
+    with asking(folder, card, encoder) as source:
+        return random_like(source, card.control_seed, card.image_size, card.channels)

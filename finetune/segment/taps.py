@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ...engine.errors import UserError
+from ...pretrain.encoder import Encoder
 from ..peft.base import Tuned
 
 COUNT = 4  # maps that every decoder reads
@@ -47,6 +48,16 @@ class Taps(nn.Module):
         found = model.forward_intermediates(images, indices=read, norm=True, intermediates_only=True)
         maps: dict[int, Tensor] = dict(zip(read, found, strict=True))
         return [maps[layer] * 0 if self.zeroed else maps[layer] for layer in self.layers]
+
+
+def unpooled(vit: Encoder) -> Encoder:
+    """The encoder without what acts behind its maps: that would learn nothing, and DDP stops at such parameters."""
+    pooling = cast(Any, vit)
+    if getattr(vit, "attn_pool", None) is not None:
+        pooling.attn_pool, pooling.global_pool = None, "avg"
+    if hasattr(vit, "fc_norm"):
+        pooling.fc_norm = nn.Identity()
+    return vit
 
 
 def evenly_spaced(blocks: int) -> tuple[int, ...]:

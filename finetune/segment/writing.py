@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -141,7 +141,7 @@ def refuse_formats(formats: Sequence[str]) -> None:
     """Raises: UserError: a format is not known."""
     for name in formats:
         if name not in SUFFIXES:
-            raise UserError(f"--format {name} is not known{did_you_mean(name, SUFFIXES)}")
+            raise UserError(f"--format {name} is not known{did_you_mean(name, [*SUFFIXES])}")
 
 
 def names_of(stem: str, formats: Sequence[str]) -> list[str]:
@@ -192,8 +192,8 @@ def described(said: Said) -> dict[str, Any]:
 
 def encode_nifti(mask: NDArray[np.uint8], spacing_mm: float | None) -> bytes:
     """(H, W) class numbers as the bytes of a .nii.gz; of an unknown spacing, pixels are 1 wide and no unit is given."""
-    side = spacing_mm or 1.0
-    image = nib.Nifti1Image(np.ascontiguousarray(mask.T[..., None]), np.diag([-side, -side, 1.0, 1.0]))
+    side, nifti = spacing_mm or 1.0, cast(Any, nib.Nifti1Image)  # nibabel has no types of it
+    image = nifti(np.ascontiguousarray(mask.T[..., None]), np.diag([-side, -side, 1.0, 1.0]))
     image.header.set_xyzt_units("mm" if spacing_mm else "unknown")
     image.header["descrip"] = b"mask" if spacing_mm else b"mask, spacing unknown"
     for set_form in (image.set_qform, image.set_sform):

@@ -59,6 +59,15 @@ def test_logits_are_of_every_pixel_and_foreground_is_rare_at_first(name: str, cl
 
 
 @every
+@torch.no_grad()
+def test_the_bias_alone_makes_foreground_one_in_a_hundred(name: str) -> None:
+    model = made(name, 4).eval()
+    nn.init.zeros_([part for part in model.modules() if isinstance(part, nn.Conv2d)][-1].weight)
+    expected = torch.tensor([0.99, *[0.01 / 3] * 3])[:, None, None].expand(2, 4, 64, 64)
+    assert torch.allclose(model(images()).softmax(1), expected, rtol=1e-5)
+
+
+@every
 def test_all_that_learns_gets_a_gradient_in_training(name: str) -> None:
     model = made(name).train()
     for _ in range(2):  # what stands behind lora's zeros has one from the second step on
@@ -93,7 +102,7 @@ def test_half_precision_gives_about_the_same(name: str) -> None:
     assert torch.corrcoef(torch.stack([exact.flatten(), rough.float().flatten()]))[0, 1] > 0.98
 
 
-@pytest.mark.parametrize("size", [(17, 20), (33, 47), (64, 48)])
+@pytest.mark.parametrize("size", [(9, 12), (17, 20), (33, 47), (64, 48)])
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - NEEDS_ENCODER))
 def test_networks_of_their_own_take_any_size(name: str, size: tuple[int, int]) -> None:
     assert made(name).train()(images(size=size)).shape == (2, 2, *size)

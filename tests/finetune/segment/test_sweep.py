@@ -88,7 +88,7 @@ def write_run(one: SegmentConfig, cases: Sequence[Case], **more: Any) -> Run:
     run, section = open_run(one, one.out, "segment"), one.segment
     with run.recorded():
         write_cases(run.folder, cases, CLASSES)
-        content = figures_of(cases, CLASSES, rules_of(section), 20, one.seed)
+        content = figures_of(cases, CLASSES, rules_of(section), 5, one.seed)
         cost = COST | {"images_per_s": 10.0 * (1 + one.seed), "seconds": 60.0 + one.seed}
         run.result(content | {"split": "made up", "cost": cost, "rules": asdict(rules_of(section))} | more)
     return run
@@ -351,7 +351,9 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path, damage: Any, sai
         cases, odd = judge(cell), cell.segment.model == "linear"
         if not odd:
             return write_run(cell, cases)
-        run = write_run(cell, cases[: -1 if damage == "images" else None], **(damage if isinstance(damage, dict) else {}))
+        run = write_run(
+            cell, cases[: -1 if damage == "images" else None], **(damage if isinstance(damage, dict) else {})
+        )
         if damage == "file":
             (run.folder / "cases.csv").write_text("key,patient\n1\n")
         if damage == "missing":
@@ -398,7 +400,9 @@ def brute(one: SegmentConfig) -> dict[str, NDArray[Any]]:
         samples = [np.mean([dice_of(tables[model, seed], draws.patients.tolist()) for seed in seeds])]
         for times, often in zip(draws.times, drawn_seeds, strict=True):
             patients = [name for name, n in zip(draws.patients.tolist(), times.tolist(), strict=True) for _ in range(n)]
-            of = [dice_of(tables[model, seed], patients) for seed, n in zip(seeds, often, strict=True) for _ in range(n)]
+            of = [
+                dice_of(tables[model, seed], patients) for seed, n in zip(seeds, often, strict=True) for _ in range(n)
+            ]
             samples.append(np.mean(of))
         found[model] = np.array(samples)
     return found
@@ -524,8 +528,7 @@ def test_the_notes_say_what_the_figures_are_and_keep_no_interval_of_a_single_run
 
 def captions(page: str) -> Iterator[tuple[str, str]]:
     """Kind of image, and caption, of every picture."""
-    for kind, told in re.findall(r'<img src="data:([\w/+]+);base64,[^"]+" alt="([^"]*)"></div><figcaption>', page):
-        yield kind, told
+    yield from re.findall(r'<img src="data:([\w/+]+);base64,[^"]+" alt="([^"]*)"></div><figcaption>', page)
 
 
 def test_a_report_shows_the_pictures_and_tables_of_a_run_and_of_a_sweep(real: tuple[Path, int], tmp_path: Path) -> None:
