@@ -93,6 +93,7 @@ def ingest_command(
 ) -> None:
     """Turn an archive into shards: breast isolated, ids hashed, grey levels kept. Killed, it goes on where it was."""
     from .archive import SourceOptions
+    from .arguments import parse_partition
     from .dicom.reader import DicomOptions
     from .geometry import Size
     from .ingest import ingest
@@ -232,6 +233,7 @@ def split(
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other patients.")] = 0,
 ) -> None:
     """Divide patients into train, val and test, into folds and label fractions, and write it down."""
+    from .arguments import parse_fractions
     from .divide import describe, make_split, shortages
     from .shards import ShardDataset
     from .splits import read_split
@@ -276,6 +278,30 @@ def duplicates(
         console.print(table(rows, pairs))
 
 
+@app.command("nnunet")
+def nnunet_command(
+    folders: Places,
+    out: Annotated[Path, typer.Argument(help="The folder that nnU-Net calls nnUNet_raw.")],
+    number: Annotated[int, typer.Option("--id", min=1, max=999, help="Of the data set there.")] = 501,
+    name: Annotated[str, typer.Option(help="Of the data set there.")] = "Lesions",
+    classes: Annotated[
+        str | None, typer.Option(help="Of masks of classes: background=0,fat=128,gland=192+255,ignored=64.")
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Parts of the patients to validate on in turn.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other folds.")] = 0,
+    split_file: Annotated[Path | None, typer.Option(help="Of `miram data split`; default: the archive's own.")] = None,
+) -> None:
+    """Write images and masks for nnU-Net v2, with folds of whole patients."""
+    from .arguments import parse_classes
+    from .nnunet import export
+
+    named = parse_classes(classes)
+    done = export(folders, out, number=number, name=name, classes=named, folds=folds, seed=seed, split_file=split_file)
+    for note in done.notes:
+        print(f"miram: {note}", file=sys.stderr)
+    print(done.summary())
+
+
 @app.command("audit")
 def audit_command(
     folder: Annotated[Path, typer.Argument(help="A data set, a run, or a folder of such.")],
@@ -292,32 +318,6 @@ def audit_command(
     if findings:
         raise UserError(f"{folder} holds {len(findings)} things that may tell whose images these are; do not share it")
     console.print(f"{folder}: {searched}")
-
-
-def parse_fractions(text: str) -> tuple[float, ...]:
-    """`0.1,0.25` as numbers.
-
-    Raises:
-        UserError: they are none.
-    """
-    try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UserError(f"--fractions {text!r}: give numbers between 0 and 1, such as 0.1,0.25") from error
-
-
-def parse_partition(text: str | None) -> tuple[int, int] | None:
-    """`3/8` as (3, 8).
-
-    Raises:
-        UserError: it is no part of a whole.
-    """
-    if text is None:
-        return None
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise UserError(f"--partition {text!r}: give i/n with i from 1 to n, such as 3/8")
-    return int(index), int(count)
 
 
 def report(out: Path, outcome: Outcome) -> None:

@@ -31,7 +31,7 @@ from ..data.shards import ShardDataset
 from ..data.sources.folder import NOBODY, header_row, range_note, record
 from ..data.store.local import is_remote
 from ..engine.errors import UserError
-from .classify.cards import ModelCard, other_settings, pixel_settings
+from .classify.cards import Taught, other_settings, pixel_settings
 
 DATASET = "films"
 ELSEWHERE = re.compile(r";[^;]*--(?!any-modality|burned-in|for-processing|spacing)[a-z].*$")  # advice on ingest alone
@@ -80,7 +80,7 @@ class Images:
 
 @contextmanager
 def taken(
-    images: Sequence[str], card: ModelCard, taking: Taking = Taking(), workers: int | None = None
+    images: Sequence[str], card: Taught, taking: Taking = Taking(), workers: int | None = None
 ) -> Iterator[tuple[list[Images], dict[str, str]]]:
     """Everything that was named, and the files that cannot be used with the reason; gone from disk at the end.
 
@@ -145,14 +145,14 @@ def named(images: Sequence[str]) -> tuple[list[Path], list[str]]:
 # ---------------------------------------------------------------------------------------------- as in training
 
 
-def settings(card: ModelCard) -> dict[str, Any]:
+def settings(card: Taught) -> dict[str, Any]:
     """How the (first) training set's films became images."""
     return card.preprocessing[0] if card.preprocessing else {}
 
 
-def archive_of(files: Sequence[Path], card: ModelCard, taking: Taking) -> Archive:
+def archive_of(files: Sequence[Path], card: Taught, taking: Taking) -> Archive:
     """The files as an archive, to be ingested as the training data was; says on the screen what may be amiss."""
-    how, channels = settings(card), card.base.channels
+    how, channels = settings(card), card.channels
     if any(pixel_settings(other) != pixel_settings(how) for other in card.preprocessing):
         say("the model was trained on data sets that were ingested differently; films are treated as the first one's")
     if how.get("level") == "roi":
@@ -165,7 +165,7 @@ def archive_of(files: Sequence[Path], card: ModelCard, taking: Taking) -> Archiv
     known = {name: value for name, value in how.get("dicom", {}).items() if name in DicomOptions.__dataclass_fields__}
     extra = {name: True for name in ("any_modality", "for_processing", "burned_in") if getattr(taking, name)}
     options = SourceOptions(channels=wide, dicom=DicomOptions(**{**known, **extra}))
-    measured = card.input == "tiles" or how.get("spacing_mm") is not None
+    measured = card.measured or how.get("spacing_mm") is not None
     for note in range_note(files) if taking.bits is None else ():
         say(note.replace("say so with a column `bits`", "say so with --bits").replace(" in the label file", ""))
     return Archive(
@@ -220,7 +220,7 @@ def bits_of(path: Path, bits: int | None) -> str:
     return ""
 
 
-def warn_of_other_settings(card: ModelCard, shards: ShardDataset) -> None:
+def warn_of_other_settings(card: Taught, shards: ShardDataset) -> None:
     """Say where a data set was made of films in another way than the training data."""
     for root, manifest in zip(shards.roots, shards.manifests, strict=True):
         if told := other_settings(card, manifest):

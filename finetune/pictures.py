@@ -1,7 +1,9 @@
-"""Pictures of what decisions rest on, in a folder of the user's: what they are called, and whose they are.
+"""What is written of a user's images, in a folder of the user's: how files are called, and whose they are.
 
 FOLDER/STEM-map.png   a picture an image, called after its file; of equal names the later ones are numbered
-FOLDER/maps.csv       picture, file, model: one row a picture, written before any is drawn
+FOLDER/maps.csv       picture, file, model: one row a file that is written, before any is
+
+Masks are called STEM-mask.png, with masks.csv, and so on (`Kind`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
@@ -18,16 +21,32 @@ from ..data.reading import DICOM_SUFFIXES
 from ..engine.errors import UserError
 from ..engine.files import make_folder, write_atomic
 
-LISTING, COLUMNS = "maps.csv", ["picture", "file", "model"]
+COLUMNS = ["picture", "file", "model"]
 LONGEST = 200  # bytes of a stem: names end at 255
 
 
-def names_for(files: Sequence[str]) -> list[str]:
+@dataclass(frozen=True)
+class Kind:
+    """What is written of each image, and the option that names the folder for it."""
+
+    name: str
+    option: str
+
+    @property
+    def listing(self) -> str:
+        """The file that says whose the others are."""
+        return f"{self.name}s.csv"
+
+
+MAP, MASK, OVERLAY = Kind("map", "--explain"), Kind("mask", "--masks"), Kind("overlay", "--explain")
+
+
+def names_for(files: Sequence[str], kind: Kind = MAP) -> list[str]:
     """What the picture of each file is called, each differently, on any system."""
     used: dict[str, str] = {}
     for file in files:
         stem = os.fsencode(stem_of(file))[:LONGEST].decode(errors="ignore")
-        free = (f"{stem}-map{end}.png" for end in chain([""], (f"-{n}" for n in count(2))))
+        free = (f"{stem}-{kind.name}{end}.png" for end in chain([""], (f"-{n}" for n in count(2))))
         picture = next(one for one in free if one.lower() not in used)
         used[picture.lower()] = picture
     return list(used.values())
@@ -39,7 +58,7 @@ def stem_of(file: str) -> str:
     return path.stem if path.suffix.lower() in SUFFIXES | DICOM_SUFFIXES else path.name
 
 
-def claim(folder: Path, files: Mapping[str, str], model: str, inputs: Iterable[Path]) -> None:
+def claim(folder: Path, files: Mapping[str, str], model: str, inputs: Iterable[Path], kind: Kind = MAP) -> None:
     """Take the names of pictures in a folder.
 
     Args:
@@ -47,33 +66,38 @@ def claim(folder: Path, files: Mapping[str, str], model: str, inputs: Iterable[P
         files: file by picture.
         model: digest of the model.
         inputs: the files that are judged.
+        kind: of what is written.
 
     Raises:
-        UserError: a picture would lie where one of the images lies, or something that is no earlier map of the same
+        UserError: a picture would lie where one of the images lies, or something that is no earlier one of the same
             file by the same model.
     """
-    listed, judged = listing(folder), {path.resolve() for path in inputs}
+    listed, judged = listing(folder, kind), {path.resolve() for path in inputs}
     for picture, file in files.items():
         place = folder / picture
         if place.resolve() in judged:
-            raise UserError(f"{place} is one of the images, and its map would replace it; --explain another folder")
+            raise UserError(
+                f"{place} is one of the images, and its {kind.name} would replace it; {kind.option} another folder"
+            )
         if place.exists() and listed.get(picture) != (file, model):
-            raise UserError(f"{place} is there, and is no map of {file} by this model; --explain another folder")
+            raise UserError(
+                f"{place} is there, and is no {kind.name} of {file} by this model; {kind.option} another folder"
+            )
     make_folder(folder)
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(COLUMNS)
     table.writerows((picture, *of) for picture, of in (listed | {p: (f, model) for p, f in files.items()}).items())
-    write_atomic(folder / LISTING, buffer.getvalue())
+    write_atomic(folder / kind.listing, buffer.getvalue())
 
 
-def listing(folder: Path) -> dict[str, tuple[str, str]]:
+def listing(folder: Path, kind: Kind) -> dict[str, tuple[str, str]]:
     """(file, model) of each picture that the folder says it has.
 
     Raises:
         UserError: the listing is none of ours.
     """
-    path = folder / LISTING
+    path = folder / kind.listing
     if not path.exists():
         return {}
     try:
@@ -82,4 +106,4 @@ def listing(folder: Path) -> dict[str, tuple[str, str]]:
             raise ValueError("other columns")
         return {picture: (file, model) for picture, file, model in rows}
     except (OSError, csv.Error, ValueError) as error:
-        raise UserError(f"{path} is no list of maps ({error}); --explain another folder") from error
+        raise UserError(f"{path} is no list of {kind.name}s ({error}); {kind.option} another folder") from error

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,6 +30,7 @@ from .peft.files import Base
 from .peft.registry import describe
 
 CARD = "model.json"
+MAKERS: Mapping[str, str] = {"miram.model/1": "finetune", "miram.segmenter/1": "segment"}  # the stage, by the schema
 
 
 class SealedCard(Section):
@@ -76,12 +77,23 @@ def seal(part: Path, schema: str, card: Card) -> Card:
     return card
 
 
+def word(path: Path, key: str) -> str:
+    """What a JSON file says under a key; nothing where it cannot be read: who reads all of it says why."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError):
+        return ""
+    return str(content.get(key, "")) if isinstance(content, dict) else ""
+
+
 def read_card(folder: Path, schema: str, kind: type[Card]) -> Card:
     """model.json, once it and all files it names are found to be what was written.
 
     Raises:
-        UserError: one is missing or damaged.
+        UserError: one is missing or damaged, or it is another stage's.
     """
+    if (found := word(folder / CARD, "schema")) != schema and found in MAKERS:
+        raise UserError(f"{folder} is a model of `miram {MAKERS[found]}`; name one of `miram {MAKERS[schema]}`")
     content = read_json(folder / CARD, schema)
     try:
         text = json.dumps({key: value for key, value in content.items() if key != "schema"})
@@ -116,12 +128,32 @@ def refuse_unfinished(run: Path, stage: str) -> None:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run: it holds no config.yaml; name the folder that `miram {stage}` wrote")
     state = read_json(run / "state.json", STATE) if (run / "state.json").exists() else {}
-    if (found := state.get("stage", stage)) != stage:
+    if (found := state.get("stage", stage)) == "sweep":
+        raise UserError(f"{run} is a sweep; name one of the runs in its folder cells")
+    if found != stage:
         raise UserError(f"{run} is a run of `miram {found}`, which makes no such model; name one of `miram {stage}`")
     if (status := state.get("status", "not begun")) != "finished":
         raise UserError(f"{run} is not finished ({status}); repeat the command that made it, and it goes on")
     if not (run / "model" / CARD).is_file():
         raise UserError(f"{run} kept no model ({stage}.final was off, or it was removed); run it again and keep it")
+
+
+@contextmanager
+def asking(folder: Path, card: SealedCard, encoder: str | None) -> Iterator[str]:
+    """The encoder's name, to read it by; what is not where the run found it is asked for.
+
+    Raises:
+        UserError: reading failed.
+    """
+    assert card.encoder is not None
+    try:
+        yield encoder or card.encoder
+    except UserError as error:
+        if encoder is not None:
+            raise
+        raise UserError(
+            f"{error}; {folder} was tuned on {card.encoder}: say with --encoder where it lies now"
+        ) from error
 
 
 def read_base(folder: Path, card: SealedCard, encoder: str | None) -> Encoder:
@@ -131,14 +163,8 @@ def read_base(folder: Path, card: SealedCard, encoder: str | None) -> Encoder:
         UserError: it is not there, or is another one.
     """
     assert card.base is not None
-    assert card.encoder is not None
-    source = encoder or card.encoder
-    try:
+    with asking(folder, card, encoder) as source:
         vit, _ = read_encoder(source, card.image_size, card.base.channels)
-    except UserError as error:
-        if encoder is not None:
-            raise
-        raise UserError(f"{error}; {folder} was tuned on {source}: say with --encoder where it lies now") from error
     here = Base(**describe(vit))
     if here != card.base:
         odd = [name for name in Base.model_fields if getattr(here, name) != getattr(card.base, name)]

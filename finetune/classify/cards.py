@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,22 @@ from .targets import Target
 
 PIXELS = {"breast": None, "spacing_mm": None, "max_size": None, "level": "image", "margin": 0.0}  # where not said
 DICOM_PIXELS = {"voi": "auto", "voi_index": 0}
+
+
+class Taught(Protocol):
+    """What the card of any model says of the images that it learnt from, and so takes."""
+
+    @property
+    def preprocessing(self) -> tuple[dict[str, Any], ...]:
+        """How films became images, of every data set that differed."""
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether an image must say its spacing."""
 
 
 class TargetCard(Section):
@@ -70,6 +86,16 @@ class ModelCard(SealedCard):
     def normalise(self) -> Normalisation:
         """Of pixels, as it was in training, whatever the encoder's own file says today."""
         return Normalisation(self.mean, self.std)
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return self.base.channels
+
+    @property
+    def measured(self) -> bool:
+        """Whether an image must say its spacing: tiles are cut at a stated resolution."""
+        return self.input == "tiles"
 
     def stated_spacing(self, shards: ShardDataset) -> float | None:
         """Millimetres a pixel that were said of the training data, if these are that data; nothing of others."""
@@ -137,7 +163,7 @@ def pixel_settings(how: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def other_settings(card: ModelCard, manifest: Mapping[str, Any]) -> str:
+def other_settings(card: Taught, manifest: Mapping[str, Any]) -> str:
     """How films became other pixels than those of the model's training, in words; nothing where they did not."""
     here, trained = pixel_settings(manifest.get("preprocessing", {})), list(map(pixel_settings, card.preprocessing))
     if here in trained:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,11 +46,21 @@ sys.exit(code)
 """
 
 
-def start(*arguments: str, sent: str = "") -> tuple[int, list[str], str]:
-    """Exit code, lines of output, errors."""
-    command = [sys.executable, "-c", STAGE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={"SENT": sent}, timeout=60)
-    return done.returncode, done.stdout.splitlines(), done.stderr
+Start = Callable[..., tuple[int, list[str], str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Starts such a stage: exit code, lines of output, errors."""
+    script = tmp_path / "stage.py"  # a file: the meaning of a key is read from its source
+    script.write_text(STAGE)
+
+    def started(*arguments: str, sent: str = "") -> tuple[int, list[str], str]:
+        command, environment = [sys.executable, str(script), *arguments], os.environ | {"SENT": sent}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    return started
 
 
 @pytest.mark.parametrize(
@@ -61,7 +73,7 @@ def start(*arguments: str, sent: str = "") -> tuple[int, list[str], str]:
     ],
 )
 def test_the_flag_is_the_stages_wherever_it_stands_and_the_rest_are_settings(
-    arguments: list[str], rest: list[str], sweeps: bool
+    arguments: list[str], rest: list[str], sweeps: bool, start: Start
 ) -> None:
     code, (told, *_), errors = start(*arguments)
     assert json.loads(told) == ["x.yaml", rest, sweeps, ""]
@@ -69,7 +81,7 @@ def test_the_flag_is_the_stages_wherever_it_stands_and_the_rest_are_settings(
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["x.yaml", "--sweep", "-h"]])
-def test_help_says_what_the_command_does_and_every_key_and_runs_nothing(arguments: list[str]) -> None:
+def test_help_says_what_the_command_does_and_every_key_and_runs_nothing(arguments: list[str], start: Start) -> None:
     code, lines, errors = start(*arguments)
     assert (code, errors) == (0, "")
     assert lines[0] == "usage: miram thing CONFIG [--section.key=value …]"
@@ -79,43 +91,35 @@ def test_help_says_what_the_command_does_and_every_key_and_runs_nothing(argument
 
 
 @pytest.mark.parametrize("arguments", [[], ["--sweep"], ["--depth=4"]])
-def test_a_configuration_that_is_not_named_is_asked_for(arguments: list[str]) -> None:
+def test_a_configuration_that_is_not_named_is_asked_for(arguments: list[str], start: Start) -> None:
     code, _, errors = start(*arguments)
     assert code == 2
     assert errors.startswith("miram: name a configuration first: miram thing CONFIG …; presets: ")
 
 
 @pytest.mark.parametrize("when", ["while it loads", "while it runs"])
-def test_ctrl_c_ends_it_at_once_with_one_line_and_no_clean_up(when: str) -> None:
+def test_ctrl_c_ends_it_at_once_with_one_line_and_no_clean_up(when: str, start: Start) -> None:
     code, lines, errors = start("interrupted") if when == "while it runs" else start("x.yaml", sent="SIGINT")
     assert code == 1
     assert errors.splitlines() == ["miram: interrupted; what was saved before is kept"]
     assert lines == []
 
 
-def test_ctrl_c_of_a_training_is_left_to_the_training() -> None:
+def test_ctrl_c_of_a_training_is_left_to_the_training(start: Start) -> None:
     code, (told, *_), errors = start("training")
     assert (code, json.loads(told)[-1]) == (0, "SIGINT")
     assert "saving after this step" in errors
 
 
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGUSR1"])
-def test_a_queues_signal_that_comes_while_it_loads_is_told_to_the_stage(sent: str) -> None:
+def test_a_queues_signal_that_comes_while_it_loads_is_told_to_the_stage(sent: str, start: Start) -> None:
     code, (told, *_), _ = start("x.yaml", "--sweep", sent=sent)
     assert code == 0
     assert json.loads(told) == ["x.yaml", [], True, sent]
 
 
-def test_what_nobody_foresaw_keeps_its_traceback() -> None:
+def test_what_nobody_foresaw_keeps_its_traceback(start: Start) -> None:
     code, _, errors = start("failing")
     assert code == 1
     assert errors.startswith("Traceback")
     assert "nobody's mistake" in errors
-
-
-def test_every_stage_with_a_flag_says_it_in_its_help() -> None:
-    """The three that are started so, and what each calls its flag."""
-    for stage, flag in (("pretrain", "--dry-run"), ("finetune", "--sweep"), ("finetune.segment", "--sweep")):
-        source = Path(__file__).parents[2].joinpath(*stage.split("."), "__main__.py").read_text()
-        assert f'"  {flag}    ' in source
-        assert f'("{flag}", "' in source
