@@ -79,12 +79,18 @@ def segment(context: typer.Context) -> None:
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run of `miram finetune`.")],
+    run: Annotated[Path, typer.Argument(help="Run of `miram finetune` or `miram segment`.")],
     images: Annotated[list[str], typer.Argument(help="DICOM files or pictures, folders of them, data sets.")],
     out: Annotated[Path | None, typer.Option(help="File to write, .csv or .json; default: print CSV.")] = None,
     explain: Annotated[Path | None, typer.Option(help="Folder for pictures of what decisions rest on.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Of a segmentation: folder for the masks.")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="Of masks, beside PNG and JSON: nifti, dicom-seg.")
+    ] = None,
     encoder: Annotated[str | None, typer.Option(help="Where the encoder lies, if it was moved.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images judged at once (64), or tiles of a segmentation (8).")
+    ] = None,
     bits: Annotated[int | None, typer.Option(min=1, max=16, help="That 16-bit pictures really hold.")] = None,
     spacing: Annotated[
         float | None,
@@ -94,14 +100,25 @@ def predict(
     for_processing: Annotated[bool, typer.Option("--for-processing", help="Take raw images, too.")] = False,
     burned_in: Annotated[bool, typer.Option("--burned-in", help="Take images with text on the breast.")] = False,
 ) -> None:
-    """Judge your own images with a tuned model: probability, decision, threshold, model."""
+    """Judge your own images with a tuned model: probability, decision, threshold, model; or masks of what it finds."""
     from .finetune.films import Taking
-    from .finetune.predict import predict as judge
+    from .finetune.segment.locked import is_segmenter
 
     taking = Taking(
         bits=bits, spacing_mm=spacing, any_modality=any_modality, for_processing=for_processing, burned_in=burned_in
     )
-    judge(run, images, out, explain, encoder, batch_size, taking)
+    if is_segmenter(run):
+        from .finetune.segment.predict import predict as segment
+
+        if masks is None:
+            raise UserError(f"{run} is a segmentation: say with --masks which folder its masks go to")
+        segment(run, images, masks, formats or (), out, explain, encoder, batch_size or 8, taking)
+    elif masks is not None or formats:
+        raise UserError(f"{run} makes no masks; leave out --masks and --format, or name a run of `miram segment`")
+    else:
+        from .finetune.predict import predict as judge
+
+        judge(run, images, out, explain, encoder, batch_size or 64, taking)
 
 
 @app.command(context_settings=STAGE, add_help_option=False)

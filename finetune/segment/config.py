@@ -50,11 +50,14 @@ class SegmentSection(Section):
     classes: dict[str, tuple[Value, ...]] | None = None
     """of masks that hold classes: {name: [values]}, background first, `ignored` for values that count for nothing;
     null: every value a class"""
+    task: Literal["auto", "lesions", "tissues"] = "auto"
+    """lesions are rare, counted one by one and said from a probability on; tissues fill the image; auto: lesions where
+    masks hold findings, or classes of which less than a twentieth of the pixels is any but background"""
     lesion: Literal["auto", "finding", "part"] = "auto"
     """what counts as one: a numbered finding, be it in several parts, or every connected part; auto: a part where no
-    mask of the data numbers more than one finding"""
+    mask of the data numbers more than one finding, and of classes"""
     unmasked: Literal["auto", "negative", "left_out"] = "auto"
-    """images without a mask: nothing is there, or nobody looked; auto: the former where masks hold findings"""
+    """images without a mask: nothing is there, or nobody looked; auto: the former where masks hold lesions"""
     loss: Literal["ce", "focal"] = "ce"
     """of pixels; beside it stands Dice, image by image"""
     dice: NonNegativeFloat = 1.0
@@ -65,7 +68,8 @@ class SegmentSection(Section):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """largest rate of the encoder's stochastic depth, growing with the block"""
     threshold: Part | None = None
-    """probability from which on a lesion is said; null: chosen on held-out training patients. Classes: the likeliest"""
+    """probability from which on a lesion is said; null: chosen on held-out training patients. Of tissues, the likeliest
+    is said"""
     holdout: Part = 0.2
     """share of the training patients that choose the threshold, where there is no official val"""
     smallest: NonNegativeInt = 0

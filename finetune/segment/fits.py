@@ -114,12 +114,12 @@ class Fits:
 
     def thresholds(self, model: nn.Module, held: Ints) -> Thresholds:
         """Chosen on held-out images, or as configured."""
-        bench = self.bench
+        bench, foreground = self.bench, len(self.bench.asked.target.classes) - 1
         if not bench.asked.target.lesions:
             return None
         if bench.section.threshold is not None:
-            return (bench.section.threshold,)
-        counted = np.zeros((len(bench.asked.target.classes) - 1, 2, BINS), np.int64)
+            return (bench.section.threshold,) * foreground
+        counted = np.zeros((foreground, 2, BINS), np.int64)
         for _, sample, said in self.said(model, held, "held-out images"):
             counted += histograms(bench.asked.target.truth(sample), said)
         return choose_thresholds(bench.total(counted))

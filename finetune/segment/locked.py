@@ -176,7 +176,7 @@ def read_segmenter(run: str | Path, encoder: str | None = None, batch_size: int 
     with torch.random.fork_rng():
         if card.base is not None:
             read = untrained if card.control == "untrained" else read_base
-            tuned = load(folder / ADAPTER, read(folder, card, encoder))
+            tuned = load(folder / ADAPTER, unpooled(read(folder, card, encoder)))
         model = build(card.model, card.model_options, tuned, card.channels, len(card.classes), card.control == "zeroed")
     part: nn.Module = model.decoder if isinstance(model, EncoderDecoder) else model
     read_into(folder / NETWORK, part.state_dict().items())

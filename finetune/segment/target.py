@@ -1,7 +1,8 @@
 """From the masks of a data set to what is segmented: which images count, and what a stored value means.
 
 Masks of `instances` hold k in the k-th finding: all are lesions, told apart one by one. Masks of `classes` hold numbers
-that `segment.classes` gives names: every pixel is of one class, and nothing is counted.
+that `segment.classes` gives names: those of lesions, of which each connected part is one, or of tissues, which are not
+counted.
 
 Legend: n images.
 """
@@ -25,6 +26,7 @@ from ..task import Task
 from .config import IGNORE, SegmentSection
 from .survey import Surveyed
 
+RARE = 0.05  # of all pixels: classes other than background that have less are lesions
 TOUCHING = np.ones((3, 3), np.bool_)  # pixels that share a corner are connected
 
 
@@ -83,8 +85,8 @@ def read_target(shards: ShardDataset, found: Sequence[Surveyed], section: Segmen
         UserError: there are no masks, their kinds differ, or `segment.classes` does not fit them.
     """
     kind = one_kind(shards, found)
-    target = lesions(found, section) if kind == "instances" else tissues(found, section)
-    unmasked = {"auto": "negative" if kind == "instances" else "left_out"}.get(section.unmasked, section.unmasked)
+    target = findings(found, section) if kind == "instances" else classes(found, section)
+    unmasked = {"auto": "negative" if target.lesions else "left_out"}.get(section.unmasked, section.unmasked)
     rows = np.flatnonzero([counts(one, target, unmasked == "negative") for one in found])
     positive = [any(target.lookup[value] not in (0, IGNORED) for value in found[row].values) for row in rows]
     if not any(positive):
@@ -97,7 +99,7 @@ def read_target(shards: ShardDataset, found: Sequence[Surveyed], section: Segmen
     notes = left_out(found, unmasked)
     if target.lesions:
         one = "connected part of a mask" if target.parts else "numbered finding of a mask"
-        notes.append(f"A lesion is a {one} (segment.lesion).")
+        notes.append(f"Lesions are segmented; one is a {one} (segment.task, segment.lesion).")
     return Asked(target, task, keys, tuple(notes))
 
 
@@ -126,7 +128,7 @@ def one_kind(shards: ShardDataset, found: Sequence[Surveyed]) -> MaskKind:
     return kinds.pop()
 
 
-def lesions(found: Sequence[Surveyed], section: SegmentSection) -> Target:
+def findings(found: Sequence[Surveyed], section: SegmentSection) -> Target:
     """Every finding is a lesion.
 
     Raises:
@@ -137,6 +139,8 @@ def lesions(found: Sequence[Surveyed], section: SegmentSection) -> Target:
             "segment.classes names values of masks that hold classes, and these number findings; leave it out, or "
             "ingest the data with --mask-kind classes"
         )
+    if section.task == "tissues":
+        raise UserError("segment.task=tissues: the masks number findings; leave it out, or ingest them as classes")
     lookup = np.ones(256, np.uint8)
     lookup[0] = 0
     unnumbered = all(value <= 1 for one in found for value in one.values)
@@ -144,8 +148,8 @@ def lesions(found: Sequence[Surveyed], section: SegmentSection) -> Target:
     return Target("instances", ("background", "lesion"), lookup, lesions=True, parts=parts)
 
 
-def tissues(found: Sequence[Surveyed], section: SegmentSection) -> Target:
-    """Classes by their values: as named, or every value one, 0 the background.
+def classes(found: Sequence[Surveyed], section: SegmentSection) -> Target:
+    """Lesions or tissues by their values: as named, or every value one, 0 the background.
 
     Raises:
         UserError: a mask holds a value that `segment.classes` does not name, or there is but one.
@@ -159,8 +163,18 @@ def tissues(found: Sequence[Surveyed], section: SegmentSection) -> Target:
         raise UserError(
             f"segment.classes: masks hold {told}, which no class takes; add it to a class, or to {IGNORE!r}"
         )
-    classes = tuple(name for name in named if name != IGNORE)
-    return Target("classes", classes, lookup, lesions=False)
+    names, rare = tuple(name for name in named if name != IGNORE), foreground(found, lookup) < RARE
+    lesions = section.task == "lesions" or (section.task == "auto" and rare)
+    return Target("classes", names, lookup, lesions, parts=lesions)
+
+
+def foreground(found: Sequence[Surveyed], lookup: NDArray[np.uint8]) -> float:
+    """Share of the pixels of all masks, as far as they count, that is not background."""
+    pixels = np.zeros(256, np.int64)
+    for one in found:
+        for value, count in one.values.items():
+            pixels[lookup[value]] += count
+    return float(pixels[1:IGNORED].sum() / max(1, pixels[:IGNORED].sum()))
 
 
 def lookup_of(named: Mapping[str, Sequence[int]]) -> NDArray[np.uint8]:

@@ -82,7 +82,7 @@ def test_pixels_come_back_and_point_at_their_image(tags: dict[str, Any], tmp_pat
 def test_every_class_is_a_frame_and_one_that_was_not_said_is_empty(tmp_path: Path) -> None:
     classes, said = ("background", "fat", "gland", "a\\pectoral " + 70 * "x"), mask(classes=2)
     seg = hd.seg.segread(written(write_dicom(tmp_path / "film.dcm", image()), said, classes))
-    assert seg.number_of_segments == 3
+    assert seg.number_of_segments == seg.NumberOfFrames == 3
     frames = seg.get_pixels_by_source_instance(["1.2.826.0.1.3680043.8.498.1"])[0]
     for number in (1, 2, 3):
         assert np.array_equal(frames[..., number - 1], said == number)

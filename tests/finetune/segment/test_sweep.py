@@ -139,10 +139,12 @@ def test_every_model_and_seed_is_a_run_of_its_own(tmp_path: Path) -> None:
 
 
 def test_what_a_model_does_not_name_is_as_for_all(tmp_path: Path) -> None:
-    (one,) = grid(settings(tmp_path, models={"light": {"augment": {"flip": False}}}, seeds=[0]))
-    common = settings(tmp_path).segment
-    assert not one.settings.segment.augment.flip
-    assert one.settings.segment.augment.model_copy(update={"flip": True}) == common.augment
+    ours = {"augment": {"upside_down": False}}
+    (one,) = grid(settings(tmp_path, models={"light": {"augment": {"flip": False}}}, seeds=[0], **ours))
+    usual = settings(tmp_path).segment.augment
+    assert usual.flip
+    assert usual.upside_down
+    assert one.settings.segment.augment == usual.model_copy(update={"flip": False, "upside_down": False})
 
 
 def test_options_of_another_model_or_method_do_not_leak_in(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def sample(mask: Any) -> Sample:
     return Sample("k", np.zeros(shape, np.uint8), 255, {}, mask)
 
 
-FOUND = Surveyed("instances", True, {0: 90, 1: 10})
+FOUND = Surveyed("instances", True, {0: 990, 1: 10})
 CLEAN = Surveyed("instances", True, {0: 100})
 BARE = Surveyed(None, True, {})
 
@@ -117,6 +117,7 @@ def test_unnamed_values_are_classes_of_their_own_or_refused(shards: ShardDataset
         (FOUND, Surveyed("classes", True, {0: 1, 1: 1}), {}, "with one --mask-kind"),
         (CLEAN, CLEAN, {}, "nothing to learn"),
         (FOUND, CLEAN, {"classes": {"none": (0,), "lesion": (1,)}}, "these number findings"),
+        (FOUND, CLEAN, {"task": "tissues"}, "the masks number findings"),
     ],
 )
 def test_what_cannot_be_segmented_is_refused(
@@ -138,6 +139,21 @@ def test_what_cannot_be_segmented_is_refused(
 def test_classes_that_make_no_sense_are_refused(classes: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match=r"background|needs values"):
         SegmentSection(classes=classes)
+
+
+def test_classes_that_are_rare_are_lesions_and_those_that_fill_the_image_tissues(shards: ShardDataset) -> None:
+    mass = Surveyed("classes", True, {0: 900, 1: 20, 2: 5})
+    found = masks(shards, [mass, BARE], Surveyed("classes", True, {0: 1000}))
+    asked = read_target(shards, found, SegmentSection())
+    assert asked.target.lesions
+    assert asked.target.parts
+    assert asked.target.classes == ("background", "1", "2")
+    assert 1 in asked.task.chosen  # nothing was found there
+    assert np.array_equal(asked.target.findings(sample([[1, 0, 1], [2, 2, 0]])), [[1, 0, 2], [3, 3, 0]])
+    assert not read_target(shards, found, SegmentSection(task="tissues")).target.lesions
+    full = masks(shards, [], Surveyed("classes", True, {0: 500, 1: 500}))
+    assert not read_target(shards, full, SegmentSection()).target.lesions
+    assert read_target(shards, full, SegmentSection(task="lesions")).target.lesions
 
 
 def test_masks_are_looked_at_once(shards: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
