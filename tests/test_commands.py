@@ -17,7 +17,8 @@ Say = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize(
-    "command", ["", "data", "data ingest", "pretrain", "probe", "finetune", "predict", "evaluate", "report", "demo"]
+    "command",
+    ["", "data", "data ingest", "pretrain", "probe", "finetune", "segment", "predict", "evaluate", "report", "demo"],
 )
 def test_help_ends_well_and_says_something(command: str, say: Say) -> None:
     code, out, _ = say(*command.split(), "--help")
@@ -54,6 +55,7 @@ def test_config_prints_what_a_run_would_use(say: Say) -> None:
         (("probe", "--seed=1"), "name a configuration"),
         (("finetune",), "name a configuration"),
         (("finetune", "--sweep"), "name a configuration"),
+        (("segment", "--sweep"), "name a configuration"),
         (("finetune", "finetune/demo", "--finetune.metod=lora"), "did you mean 'finetune.method'"),
         (("predict", "nosuch", "film.png"), "nosuch"),
         (("evaluate",), "name a run"),

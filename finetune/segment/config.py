@@ -118,9 +118,9 @@ class SegmentSweepSection(Section):
     """`--sweep`: models side by side."""
 
     models: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {
-        "light": {},
-        "light, untrained encoder": {"control": "untrained"},
-        "light, no encoder": {"control": "zeroed"},
+        "light": {"model": "light"},
+        "light, untrained encoder": {"model": "light", "control": "untrained"},
+        "light, no encoder": {"model": "light", "control": "zeroed"},
         "mdsa_unet": {"model": "mdsa_unet", "encoder": None},
         "unet": {"model": "unet", "encoder": None},
     }

@@ -26,6 +26,7 @@ from ...engine.run import Run, open_run
 from ..cells import folder_of, merged, tell, work_through
 from ..classify.bootstrap import cell
 from ..classify.comparison import Standing, standings
+from ..classify.judging import FEW_PATIENTS
 from ..classify.sweep_figure import draw_sweep
 from ..classify.sweep_table import numbers, scaled
 from .config import SegmentConfig, SegmentSweepSection
@@ -225,13 +226,16 @@ def table_of(settings: SegmentConfig, name: str, of: Mapping[str, Standing]) -> 
 def notes(settings: SegmentConfig, told: Sequence[Told]) -> list[str]:
     """How the figures were made, for the reader of the report."""
     seeds, samples = len(settings.sweep.seeds), settings.segment.replicates
+    patients = len({case.patient for case in told[0].cases})
+    few = f" With {patients} patients they are too short to be taken at their word." * (patients < FEW_PATIENTS)
+    reach = " With one seed they tell these trained models apart, not their kinds." * (seeds == 1)
     return [
         f"Each figure is a mean over {seeds} seed{'s' * (seeds > 1)}; a seed sets folds, weights and crops. All models "
         f"had the same patients, folds and {settings.train.steps or settings.train.epochs} "
         f"{'steps' if settings.train.steps else 'epochs'} of the same batch.",
         f"Intervals: 95 %, {samples} bootstrap samples, each of patients and of seeds, the same for all models, so "
         "that differences are paired. p is of no difference and not corrected for the number of rows. "
-        "Other pretrainings are not in them.",
+        f"Other pretrainings are not in them.{few}{reach}",
         *in_common([one.result.get("notes", []) for one in told]),
     ]
 

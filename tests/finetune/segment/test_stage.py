@@ -247,6 +247,10 @@ def test_two_ranks_say_what_one_does(phantoms: Path, encoder: Path, tmp_path: Pa
         ({"model": "lihgt"}, "light"),
         ({"model": "mdsa_unet", "model_options": {}}, r"segment\.encoder: mdsa_unet stands on no encoder"),
         ({"encoder": None}, r"segment\.encoder: light needs an encoder"),
+        (
+            {"model": "unet", "model_options": {}, "encoder": None, "control": "untrained"},
+            r"segment\.control: unet stands on no encoder",
+        ),
         ({"method": "loar"}, "lora"),
         ({"model_options": {"widht": 3}}, "width"),
         ({"mm_per_pixel": 0.1}, r"segment\.mm_per_pixel=0\.1: 48 of 48 images cannot be seen so"),
