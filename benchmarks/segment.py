@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -38,9 +39,10 @@ def made(name: str, side: int, small: bool) -> nn.Module:
     """A model of two classes on a ViT-S, or, small, on a ViT-Ti of two blocks."""
     tuned = None
     if name in NEEDS_ENCODER:
-        options = {"depth": 2} if small else {}
+        options: dict[str, Any] = {"depth": 2} if small else {}
         vit = "vit_tiny_patch16_224" if small else "vit_small_patch16_224"
-        tuned = apply(timm.create_model(vit, in_chans=1, num_classes=0, img_size=side, **options), "full")
+        encoder: Any = timm.create_model(vit, in_chans=1, num_classes=0, img_size=side, **options)
+        tuned = apply(encoder, "full")
     torch.manual_seed(0)
     return build(name, {}, tuned, 1, 2)
 

@@ -76,7 +76,7 @@ class Resolution:
         Raises:
             ValueError: as `raster`.
         """
-        return self.raster(sample.pixels.shape, sample.meta.get("spacing_mm"))
+        return self.raster(sample.pixels.shape, sample.meta.get("spacing_mm") or None)
 
 
 def to_raster(sample: Sample, resolution: Resolution) -> Array:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from monai.losses import DiceLoss, FocalLoss
+from monai.losses.dice import DiceLoss
+from monai.losses.focal_loss import FocalLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -88,7 +88,7 @@ def read_target(shards: ShardDataset, found: Sequence[Surveyed], section: Segmen
     target = findings(found, section) if kind == "instances" else classes(found, section)
     unmasked = {"auto": "negative" if target.lesions else "left_out"}.get(section.unmasked, section.unmasked)
     rows = np.flatnonzero([counts(one, target, unmasked == "negative") for one in found])
-    positive = [any(target.lookup[value] not in (0, IGNORED) for value in found[row].values) for row in rows]
+    positive = [any(target.lookup[value] not in (0, IGNORED) for value in found[row].values) for row in rows.tolist()]
     if not any(positive):
         raise UserError(f"{', '.join(shards.roots)}: no mask holds anything but background; there is nothing to learn")
     columns = (np.array(c)[rows] for c in (*map(shards.rows.column, ("dataset", "patient", "key")), shards.splits))
