@@ -81,8 +81,12 @@ def segment(context: typer.Context) -> None:
 def predict(
     run: Annotated[Path, typer.Argument(help="Run of `miram finetune` or `miram segment`.")],
     images: Annotated[list[str], typer.Argument(help="DICOM files or pictures, folders of them, data sets.")],
-    out: Annotated[Path | None, typer.Option(help="File to write, .csv or .json; default: print CSV.")] = None,
-    explain: Annotated[Path | None, typer.Option(help="Folder for pictures of what decisions rest on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, .csv (or .json, not of masks); default: print CSV.")
+    ] = None,
+    explain: Annotated[
+        Path | None, typer.Option(help="Folder for pictures: what decisions rest on, or outlines of what is found.")
+    ] = None,
     masks: Annotated[Path | None, typer.Option(help="Of a segmentation: folder for the masks.")] = None,
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="Of masks, beside PNG and JSON: nifti, dicom-seg.")
@@ -102,18 +106,18 @@ def predict(
 ) -> None:
     """Judge your own images with a tuned model: probability, decision, threshold, model; or masks of what it finds."""
     from .finetune.films import Taking
-    from .finetune.segment.locked import is_segmenter
+    from .finetune.sealed import stage_of
 
     taking = Taking(
         bits=bits, spacing_mm=spacing, any_modality=any_modality, for_processing=for_processing, burned_in=burned_in
     )
-    if is_segmenter(run):
+    if stage_of(run) == "segment":
         from .finetune.segment.predict import predict as segment
 
         if masks is None:
             raise UserError(f"{run} is a segmentation: say with --masks which folder its masks go to")
         segment(run, images, masks, formats or (), out, explain, encoder, batch_size or 8, taking)
-    elif masks is not None or formats:
+    elif stage_of(run) == "finetune" and (masks is not None or formats):
         raise UserError(f"{run} makes no masks; leave out --masks and --format, or name a run of `miram segment`")
     else:
         from .finetune.predict import predict as judge

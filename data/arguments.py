@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from ..engine.errors import UserError
-
-IGNORED = "ignored"  # the name of values of masks that count for nothing
+from .masks import IGNORED_NAME
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:
@@ -51,6 +50,6 @@ def parse_classes(text: str | None) -> dict[str, tuple[int, ...]] | None:
         named[name] = tuple(map(int, listed.split("+")))
     values = [value for of in named.values() for value in of]
     once = len(set(values)) == len(values) and max(values) <= 255
-    if not once or len(named.keys() - {IGNORED}) < 2 or next(iter(named)) == IGNORED:
+    if not once or len(named.keys() - {IGNORED_NAME}) < 2 or next(iter(named)) == IGNORED_NAME:
         raise UserError(f"--classes {text!r}: background comes first, another class follows, each value is in one only")
     return named

@@ -96,6 +96,8 @@ def turned(pixels: Raster, box: Box, size: Size, angle: float) -> Array:
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     half = (np.abs(turn) @ size / 2 + 1) * steps  # of an upright box around the turned one, and a pixel more
     start, end = np.maximum(centre - half, 0), np.minimum(centre + half, pixels.shape[:2])
+    if (end <= start).any():  # beside the image
+        return np.zeros((*pixels.shape[2:], 1)[:1] + size, np.float32)
     around = np.maximum(np.round((end - start) / steps), 1).astype(int)
     upright = resize(pixels, (*start, *(end - start)), (int(around[0]), int(around[1])))
     scale = around / (end - start)

@@ -142,15 +142,19 @@ class TrainCrops:
         return window.shifted(after - kept)
 
     def _elsewhere(self, pixels: Raster, place: _Place, found: Findings, angle: float, draw: Draw) -> Window:
-        """A place with tissue and, if so wished, without findings: the first that has both, or the best of some."""
-        rng, best = draw("place"), (False, -1.0)
+        """A place with tissue and, if so wished, without findings: the first that has both, or the best of some.
+
+        Air teaches nothing, so a place with tissue and a finding is better than one with neither.
+        """
+        rng, best = draw("place"), (False, False, -1.0)
         for _ in range(TRIES):
             base = place.anywhere(rng)
             window = Window(moved(self.augment, base, place.shape, angle, draw), self.size, angle)
-            rank = not (self.avoid and found.within(*window.reach())), tissue_fraction(pixels, place.inside(base))
+            tissue, clear = tissue_fraction(pixels, place.inside(base)), not found.within(*window.reach())
+            rank = tissue >= self.augment.tissue, clear or not self.avoid, tissue
             if rank > best:
                 best, chosen = rank, window
-            if best >= (True, self.augment.tissue):
+            if best >= (True, True):
                 break
         return chosen
 

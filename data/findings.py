@@ -17,7 +17,7 @@ from .window import Pair, Point, Window
 
 IGNORED = 255  # a class number: pixels that count for nothing
 CELLS = 2**20  # pixels in which pieces are told apart: of more, blocks
-TOUCHING = np.ones((3, 3))  # pixels that share a corner are of one piece
+TOUCHING = np.ones((3, 3), np.bool_)  # pixels that share a corner are of one piece
 
 Mask = NDArray[np.uint8]
 

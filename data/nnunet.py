@@ -13,6 +13,9 @@ OUT/Dataset501_Lesions/       OUT is the folder that nnU-Net calls nnUNet_raw
 Channels that are not called CT, or by the name of another scheme, are brought to mean 0 and deviation 1 image by image,
 so that it does not matter how many bits are in use. PNG tells no spacing: nnU-Net takes all pixels to be alike.
 
+Folds are those of `miram data split`; `miram segment` deals its own (finetune/task.py), which validate on other
+patients, so that only figures of the test can be compared patient by patient.
+
 Source: documentation/{dataset_format,manual_data_splits,ignore_label}.md of https://github.com/MIC-DKFZ/nnUNet.
 """
 
@@ -21,7 +24,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,43 +35,45 @@ from numpy.typing import NDArray
 from ..engine.errors import UserError
 from ..engine.files import make_folder, sync_folder, write_atomic
 from ..engine.track import Meter
-from .arguments import IGNORED
 from .divide import make_split
-from .image import decode_png, encode_png
+from .findings import IGNORED
+from .image import encode_png
 from .layout import LABEL, partial_folder
+from .masks import (
+    BACKGROUND,
+    IGNORED_NAME,
+    Classes,
+    Held,
+    Lookup,
+    all_named,
+    images,
+    look,
+    lookup_of,
+    names_of,
+    one_kind,
+)
 from .record import MaskKind
 from .shards import ShardDataset
 from .splits import TEST, patient_of, read_split, refuse_shared_patients
 
-BACKGROUND, LESION, IGNORE = "background", "lesion", "ignore"  # the first and the last are nnU-Net's words
+IGNORE = "ignore"  # nnU-Net's word, as `background` is
 READER = "NaturalImage2DIO"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PRESENT = "mask"  # a label that says whether a patient has anything in a mask
 
-Classes = Mapping[str, Sequence[int]]
-
 
 @dataclass(frozen=True)
 class Labels:
-    """What the values of stored masks become: names by number, background first, and (256,) numbers by value."""
+    """What the values of stored masks become."""
 
     kind: MaskKind
-    names: tuple[str, ...]
-    lookup: NDArray[np.uint8]
+    names: tuple[str, ...]  # by nnU-Net's numbers: background first, what is ignored last
+    lookup: Lookup
 
     @property
-    def ignored(self) -> int | None:
-        """The number of pixels that count for nothing."""
-        return self.names.index(IGNORE) if IGNORE in self.names else None
-
-
-@dataclass(frozen=True)
-class Held:
-    """What the mask of an image holds; kind None: it has no mask."""
-
-    kind: MaskKind | None
-    complete: bool  # whether ingest could use every mask of it
-    values: frozenset[int]
+    def numbers(self) -> NDArray[np.uint8]:
+        """(256,) nnU-Net's number of each stored value."""
+        return np.where(self.lookup == IGNORED, len(self.names) - 1, self.lookup).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Exported:
         also = f", {self.test} of test patients" if self.test else ""
         without = f", {self.left_out} left out" if self.left_out else ""
         return (
-            f"{self.folder} holds {self.training} images to train on{also}{without}\n"
+            f"{self.folder} holds {images(self.training)} to train on{also}{without}\n"
             f"after nnUNetv2_plan_and_preprocess, copy {self.folder / 'splits_final.json'} to "
             f"nnUNet_preprocessed/{self.folder.name}/: without it, nnU-Net divides images and not patients"
         )
@@ -112,7 +117,7 @@ def export(
         name: of the data set.
         classes: of masks that hold classes: values by name, background first, `ignored` for those that count for
             nothing; None: every value is a class.
-        folds: parts of the training patients, each of which is validated on once; 0: none are said.
+        folds: parts of the training patients, each of which is validated on once; at least 2.
         seed: of the folds.
         split_file: of `miram data split`: says who is in test, and the folds if it has some.
 
@@ -126,18 +131,17 @@ def export(
         refuse_shared_patients(shards.rows, ", ".join(shards.roots))
     held = look(shards)
     labels = labels_of(shards, held, classes)
-    rows = [row for row, one in enumerate(held) if counts(one, labels)]
+    rows = [row for row, one in enumerate(held) if one.counts(labels.lookup, labels.kind == "instances")]
     test = {row for row in rows if shards.splits[row] == TEST}
     train = [row for row in rows if row not in test]
-    if not any(foreground(held[row], labels) for row in train):
+    if not any(held[row].positive(labels.lookup) for row in train):
         raise UserError(f"{', '.join(shards.roots)}: no mask of a training image holds anything but background")
     folds_of = divided(shards, held, labels, train, folds, seed, split_file)
     part = partial_folder(folder)
     shutil.rmtree(part, ignore_errors=True)
     write_images(shards, labels, rows, test, part)
     write_json_at(part / "dataset.json", described(shards, labels, len(train), folder.name))
-    if folds_of:
-        write_json_at(part / "splits_final.json", folds_of)
+    write_json_at(part / "splits_final.json", folds_of)
     part.rename(folder)
     sync_folder(out)
     return Exported(folder, len(train), len(test), len(held) - len(rows), tuple(notes(shards)))
@@ -158,83 +162,18 @@ def free_folder(out: Path, number: int, name: str) -> Path:
     return out / f"Dataset{number:03d}_{name}"
 
 
-# ---------------------------------------------------------------------------------------------- what masks hold
-
-
-def look(shards: ShardDataset) -> list[Held]:
-    """What every mask holds."""
-    found = []
-    with Meter("masks", len(shards)) as meter:
-        for i, row in enumerate(shards.rows):
-            meta = read_meta(shards, i)
-            complete = not dict(meta.get("facts", {})).get("masks")
-            if row.get("mask.png_size"):
-                mask = decode_png(shards.member(i, "mask.png"), row["key"])
-                values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
-                found.append(Held(meta.get("mask_kind", "instances"), complete, frozenset(values)))
-            else:
-                found.append(Held(None, complete, frozenset()))
-            meter.advance()
-    return found
-
-
-def read_meta(shards: ShardDataset, i: int) -> Mapping[str, Any]:
-    """A sample's JSON, without its pixels.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    row = shards.rows[i]
-    try:
-        return dict(json.loads(shards.member(i, "json"))) if row.get("json_size") else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{shards.root(i)}: sample {row['key']} has a damaged JSON; run `miram data verify`") from error
-
-
 def labels_of(shards: ShardDataset, held: Sequence[Held], classes: Classes | None) -> Labels:
     """What the values become.
 
     Raises:
-        UserError: there are no masks, their kinds differ, or the classes do not fit them.
+        UserError: there are no masks, their kinds differ, or the classes do not fit them or nnU-Net.
     """
-    where, kinds = ", ".join(shards.roots), {one.kind for one in held if one.kind is not None}
-    if len(kinds) != 1:
-        fault = "some masks number findings, others classes" if kinds else "it has no masks"
-        raise UserError(f"{where}: {fault}; ingest it with --masks and one --mask-kind")
-    if kinds == {"instances"}:
-        if classes is not None:
-            raise UserError(f"{where}: its masks number findings, and have no classes to name; leave out --classes")
-        return Labels("instances", (BACKGROUND, LESION), np.minimum(np.arange(256), 1).astype(np.uint8))
-    values = frozenset().union(*(one.values for one in held))
-    named = classes or {BACKGROUND: (0,)} | {str(value): (value,) for value in sorted(values - {0})}
-    known = {value for of in named.values() for value in of} | {0}
-    if strange := sorted(values - known):
-        told = ", ".join(map(str, strange[:4]))
-        raise UserError(f"{where}: masks hold {told}, which --classes leaves out; add it to a class, or to {IGNORED}")
-    return numbered(named)
-
-
-def numbered(named: Classes) -> Labels:
-    """Classes as nnU-Net numbers them: without a gap, the first called background, what is ignored last."""
-    kept = [name for name in named if name != IGNORED]
-    names, lookup = (BACKGROUND, *kept[1:]), np.zeros(256, np.uint8)
+    kind = one_kind(shards, held)
+    named = all_named(kind, held, classes, "--classes")
+    names = (BACKGROUND, *names_of(named)[1:])
     if len(set(names)) < len(names) or IGNORE in names:
         raise UserError(f"--classes: nnU-Net calls the first class {BACKGROUND} and keeps {IGNORE}; use other names")
-    for number, name in enumerate((*kept, *([IGNORED] if IGNORED in named else ()))):
-        lookup[list(named[name])] = number
-    return Labels("classes", (*names, IGNORE) if IGNORED in named else names, lookup)
-
-
-def foreground(one: Held, labels: Labels) -> bool:
-    """Whether a mask holds any class."""
-    return any(labels.lookup[value] not in (0, labels.ignored) for value in one.values)
-
-
-def counts(one: Held, labels: Labels) -> bool:
-    """Whether an image goes out. One without a mask has no finding; of classes nobody knows where they lie."""
-    if one.kind is None:
-        return one.complete and labels.kind == "instances"
-    return one.complete and any(labels.lookup[value] != labels.ignored for value in one.values)
+    return Labels(kind, (*names, IGNORE) if IGNORED_NAME in named else names, lookup_of(named))
 
 
 # ---------------------------------------------------------------------------------------------- folds
@@ -253,7 +192,7 @@ def divided(
     known = read_split(split_file).folds if split_file is not None else ()
     patients = {row: patient_of(shards.rows[row]) for row in train}
     if not known:
-        positive = {patients[row] for row in train if foreground(held[row], labels)}
+        positive = {patients[row] for row in train if held[row].positive(labels.lookup)}
         told = [shards.rows[row] | {LABEL + PRESENT: str(patients[row] in positive)} for row in train]
         known = make_split(told, task=PRESENT, seed=seed, test=0, folds=folds).folds
     key = {row: shards.rows[row]["key"] for row in train}
@@ -279,7 +218,7 @@ def write_images(shards: ShardDataset, labels: Labels, rows: Sequence[int], test
             sample, side = shards[row], "Ts" if row in test else "Tr"
             mask = np.zeros(sample.pixels.shape[:2], np.uint8) if sample.mask is None else sample.mask
             (folder / f"images{side}" / f"{sample.key}_0000.png").write_bytes(encode_png(np.asarray(sample.pixels)))
-            (folder / f"labels{side}" / f"{sample.key}.png").write_bytes(encode_png(labels.lookup[mask]))
+            (folder / f"labels{side}" / f"{sample.key}.png").write_bytes(encode_png(labels.numbers[mask]))
             meter.advance()
 
 

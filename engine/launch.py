@@ -18,10 +18,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 
 from .errors import RunFailed, UserError
 
@@ -35,7 +37,7 @@ def device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def make_accelerator(deterministic: bool = False) -> Accelerator:
+def make_accelerator(deterministic: bool = False, patience: timedelta | None = None) -> Accelerator:
     """The process group of this run.
 
     `cpu` is passed explicitly: left to itself Accelerate makes two CPU processes two independent ranks 0. Precision is
@@ -43,6 +45,7 @@ def make_accelerator(deterministic: bool = False) -> Accelerator:
 
     Args:
         deterministic: only kernels that give the same bits every time.
+        patience: how long ranks wait for one that works alone; None: as torch has it, 10 minutes on GPUs.
 
     Raises:
         UserError: the launcher started another number of processes than there are ranks.
@@ -52,7 +55,8 @@ def make_accelerator(deterministic: bool = False) -> Accelerator:
     torch.use_deterministic_algorithms(deterministic)
     warn_of_stale_store()
     with hidden(FSDP_ASKED):
-        accelerator = Accelerator(mixed_precision="no", cpu=device().type == "cpu")
+        waits: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=patience)] if patience else []
+        accelerator = Accelerator(mixed_precision="no", cpu=device().type == "cpu", kwargs_handlers=waits)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(

@@ -30,7 +30,8 @@ from .peft.files import Base
 from .peft.registry import describe
 
 CARD = "model.json"
-MAKERS: Mapping[str, str] = {"miram.model/1": "finetune", "miram.segmenter/1": "segment"}  # the stage, by the schema
+CLASSIFIER, SEGMENTER = "miram.model/1", "miram.segmenter/1"
+MAKERS: Mapping[str, str] = {CLASSIFIER: "finetune", SEGMENTER: "segment"}  # the stage, by the schema
 
 
 class SealedCard(Section):
@@ -84,6 +85,13 @@ def word(path: Path, key: str) -> str:
     except (ValueError, OSError, RecursionError):
         return ""
     return str(content.get(key, "")) if isinstance(content, dict) else ""
+
+
+def stage_of(run: str | Path) -> str:
+    """The stage that a run or a model's folder is of; nothing where neither says it."""
+    run = Path(run)
+    path = next((p for p in (run / CARD, run / "model" / CARD) if p.is_file()), None)
+    return word(run / "state.json", "stage") if path is None else MAKERS.get(word(path, "schema"), "")
 
 
 def read_card(folder: Path, schema: str, kind: type[Card]) -> Card:

@@ -9,7 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.textpath import TextPath
 
+from ..data.geometry import area_resize
+from ..data.record import Pixels
+
 ACCENT, PALE, FAINT = "#2f6f9f", "#9aa5b1", "#d0d5da"
+LONGEST = 900  # pixels of a picture's longest side
 BESIDE = ("#c8561b", "#5a5fc0", "#4d8032", "#a83279", "#a3790a")
 
 
@@ -30,3 +34,10 @@ def save(figure: Figure, path: Path) -> None:
         text.set_parse_math(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def reduced(pixels: Pixels) -> Pixels:
+    """Pixels (H, W, …) averaged over areas so that the longest side is at most `LONGEST`."""
+    height, width = pixels.shape[:2]
+    factor = max(1.0, max(height, width) / LONGEST)
+    return area_resize(pixels, (max(1, round(height / factor)), max(1, round(width / factor))))

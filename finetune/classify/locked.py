@@ -29,7 +29,7 @@ from ...engine.metrics import Floats, Ints
 from ...pretrain.encoder import Encoder
 from ..peft.base import Tuned
 from ..peft.files import load, save
-from ..sealed import CARD, read_base, read_card, refuse_unfinished, refuse_without, seal, whole_folder
+from ..sealed import CARD, CLASSIFIER, read_base, read_card, refuse_unfinished, refuse_without, seal, whole_folder
 from .cards import ModelCard
 from .config import Level, TilesSection
 from .labels import Labelled
@@ -38,7 +38,6 @@ from .reading import frame_logits
 from .targets import Target
 from .tiles import TileFeatures, fault_of, tile_features
 
-MODEL = "miram.model/1"
 ADAPTER, MIL = "adapter", "mil.safetensors"
 
 
@@ -182,7 +181,7 @@ def write_locked(folder: Path, card: ModelCard, model: Tuned | MilModel) -> Mode
             save(model, part / ADAPTER)
         else:
             model.write(part / MIL)
-        return seal(part, MODEL, card)
+        return seal(part, CLASSIFIER, card)
 
 
 # ---------------------------------------------------------------------------------------------- reading one
@@ -212,7 +211,7 @@ def read_model(folder: Path, encoder: str | None = None) -> Locked:
     Raises:
         UserError: as `read_locked`.
     """
-    card = read_card(folder, MODEL, ModelCard)
+    card = read_card(folder, CLASSIFIER, ModelCard)
     refuse_without(folder, card, MIL if card.input == "tiles" else f"{ADAPTER}/adapter.json")
     vit = read_base(folder, card, encoder)
     if card.input == "tiles":

@@ -11,16 +11,15 @@ goes on, one that fails is named and the others go on: the same command takes th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...engine.config import Tree, check, dump_yaml, parse_yaml
-from ...engine.errors import RunFailed, UserError, did_you_mean, one_line
+from ...engine.errors import UserError
 from ...engine.files import write_atomic
-from ...engine.run import Run, open_run
-from ..cells import folder_of, merged, tell, work_through
+from ...engine.run import Run
+from ..cells import check_against, folder_of, merged, read_cells, run_sweep
 from .comparison import Standing, Told, read_run, standings
 from .config import FinetuneConfig, FinetuneSection, SweepSection
 from .sweep_figure import CAPTION, draw_sweep
@@ -62,24 +61,7 @@ def sweep(
         Preempted: stopped on a signal; the cells that are finished are kept.
         RunFailed: cells failed; the tables hold the others.
     """
-    cells, main = list(grid(settings)), os.environ.get("RANK", "0") == "0"
-    run = open_run(settings, settings.out, "sweep", inputs, writes=main)
-    if run.finished:
-        print(f"{run.folder} is finished; nothing to do")
-        tell(run)
-        return run
-    with run.recorded(writes=main):
-        failed = work_through(cells, one)
-        if main:
-            write(run, settings, cells, failed)
-            tell(run)
-        if failed:
-            first = f"{next(iter(failed))}: {next(iter(failed.values()))}"
-            raise RunFailed(
-                f"{len(failed)} of {len(cells)} runs of the sweep failed and are named in {run.folder}/result.json, "
-                f"which holds the others; the first: {first}; the same command tries them again"
-            )
-    return run
+    return run_sweep(settings, list(grid(settings)), one, inputs, write)
 
 
 # ---------------------------------------------------------------------------------------------- the grid
@@ -93,9 +75,7 @@ def grid(settings: FinetuneConfig) -> Iterator[Cell]:
     """
     section, folders = settings.sweep, set()
     methods = {label(settings, entry): entry for entry in section.methods}
-    if section.against not in methods:
-        hint = did_you_mean(section.against, list(methods))
-        raise UserError(f"sweep.against={section.against} is none of sweep.methods{hint}")
+    check_against(section.against, methods, "sweep.methods")
     for fraction in section.fractions:
         for entry in section.methods:
             name = label(settings, entry)
@@ -171,26 +151,14 @@ def spelled(tree: Tree, prefix: str = "") -> Iterator[str]:
 
 def write(run: Run, settings: FinetuneConfig, cells: Sequence[Cell], failed: dict[Cell, str]) -> None:
     """Tables and picture; a finished cell that cannot be read or compared is added to the failed ones."""
-    told = read_cells(settings, cells, failed)
+    section = settings.finetune
+    told = read_cells(cells, failed, lambda cell: read_run(cell.run.folder, section.readout, section.separator))
     found: Standings = {fraction: place(settings, fraction, told) for fraction in settings.sweep.fractions}
     reasons = [(cell.method, cell.fraction, cell.seed, why) for cell, why in failed.items()]
     write_atomic(run.folder / "table.csv", table_csv(settings, found))
     if told:
         draw_sweep(run.caption({"sweep.png": CAPTION}) / "sweep.png", found, next(iter(told.values())).metric)
     run.result(content(settings, found, reasons, [*told.values()]))
-
-
-def read_cells(settings: FinetuneConfig, cells: Sequence[Cell], failed: dict[Cell, str]) -> dict[Cell, Told]:
-    """What finished cells say, as far as they judged the same cases of the same task."""
-    told: dict[Cell, Told] = {}
-    for cell in (cell for cell in cells if cell not in failed):
-        try:
-            told[cell] = read_run(cell.run.folder, settings.finetune.readout, settings.finetune.separator)
-            told[cell].check_beside(next(iter(told.values())))
-        except UserError as error:
-            told.pop(cell, None)
-            failed[cell] = one_line(str(error))
-    return told
 
 
 def place(settings: FinetuneConfig, fraction: float, told: Mapping[Cell, Told]) -> dict[str, Standing]:

@@ -20,10 +20,9 @@ from scipy import ndimage
 from ...data.geometry import Geometry, area_resize
 from ...data.record import Pixels
 from ...engine.metrics import Floats
-from ..style import ACCENT, BESIDE, fitted, save
+from ..style import ACCENT, BESIDE, fitted, reduced, save
 from .worth import Map
 
-LONGEST = 900  # pixels of a picture's longest side
 FINE = 512  # at least so many cells along a painted map, that it ends where the tissue ends
 TITLE = 3.1  # inches above a picture
 COLOURS = LinearSegmentedColormap.from_list("for and against", [ACCENT, "#f4f4f4", BESIDE[0]])
@@ -60,8 +59,7 @@ def draw(path: Path, pixels: Pixels, found: Map, title: str, stored: Pixels, geo
 def show(axis: Axes, pixels: Pixels) -> None:
     """An image in its own coordinates, made small."""
     height, width = pixels.shape[:2]
-    factor = max(1.0, max(height, width) / LONGEST)
-    small = area_resize(pixels, (max(1, round(height / factor)), max(1, round(width / factor))))
+    small = reduced(pixels)
     whole = (-0.5, width - 0.5, height - 0.5, -0.5)
     axis.imshow(small, cmap="gray", vmin=0, vmax=max(1, int(np.percentile(small, 99.8))), extent=whole)
     axis.set_axis_off()

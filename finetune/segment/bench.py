@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ from .config import SegmentConfig, SegmentSection
 from .inference import Reading
 from .models import build
 from .objective import Segment
-from .taps import unpooled
+from .taps import trimmed
 from .target import Asked
 
 FROZEN = "frozen"  # what `method: linear` is called where no linear head follows
@@ -61,7 +62,7 @@ class Bench:
         return self.accelerator.is_main_process
 
     @property
-    def alone(self) -> bool:
+    def only_main(self) -> bool:
         """Whether the main process alone has a trained model, so that it judges all."""
         return needs_twin(self.settings.train, self.accelerator)
 
@@ -106,18 +107,28 @@ class Bench:
         Raises:
             UserError: how many, and why the first.
         """
-        rows, faults = self.shards.rows.take(self.asked.task.chosen), []
-        columns = (rows.column(name) for name in ("height", "width", "spacing_mm"))
-        for height, width, spacing in zip(*columns, strict=True):
+        faults, every = [], np.arange(len(self.asked.keys))
+        for shape, spacing in self.measures(every):
             try:
-                self.resolution.raster((int(height), int(width)), float(spacing) if spacing else None)
+                self.resolution.raster(shape, spacing)
             except ValueError as error:
                 faults.append(str(error))
         if faults:
             raise UserError(
-                f"segment.mm_per_pixel={self.section.mm_per_pixel}: {len(faults)} of {len(rows)} images cannot be "
+                f"segment.mm_per_pixel={self.section.mm_per_pixel}: {len(faults)} of {len(every)} images cannot be "
                 f"seen so; of the first, {faults[0]}"
             )
+
+    def longer_sides(self, images: Ints) -> list[int]:
+        """Of the rasters of images."""
+        return [max(self.resolution.raster(shape, spacing)) for shape, spacing in self.measures(images)]
+
+    def measures(self, images: Ints) -> Iterator[tuple[tuple[int, int], float | None]]:
+        """Height and width of stored images, and their spacing."""
+        rows = self.shards.rows.take(self.rows(images))
+        columns = (rows.column(name) for name in ("height", "width", "spacing_mm"))
+        for height, width, spacing in zip(*columns, strict=True):
+            yield (int(height), int(width)), float(spacing) if spacing else None
 
     def fresh(self, seed: int) -> nn.Module:
         """A model that has learnt nothing but what its encoder knows.
@@ -129,7 +140,7 @@ class Bench:
         torch.manual_seed(seed)
         tuned = None
         if self.encoder is not None:
-            vit = unpooled(deepcopy(self.encoder))
+            vit = trimmed(deepcopy(self.encoder), section.model_options.get("layers"))
             if section.drop_path:
                 set_drop_path(vit, section.drop_path)
             tuned = apply(vit, "linear" if section.method == FROZEN else section.method, **section.options)
@@ -142,12 +153,14 @@ class Bench:
         images = np.sort(images)
         train = self.recipe(len(images))
         objective = Segment(self.fresh(seed), self.section.loss, self.section.dice)
-        twin = Twin(objective, self.accelerator, needed=self.alone)
+        twin = Twin(objective, self.accelerator, needed=self.only_main)
         run, stream = Run(place, "segment"), self.stream(images, train.batch_size, seed)
         Trainer(
             run, objective, stream, train, seed, self.accelerator, twin=twin, signals=self.signals, quiet=True
         ).fit()
         self.accelerator.free_memory()
+        if not self.only_main:
+            share_buffers(objective, self.accelerator)
         return cast(Segment, twin.model).model.eval()
 
     def recipe(self, images: int) -> TrainSection:
@@ -183,6 +196,13 @@ class Bench:
         if mixed:
             return BalancedStream(shards, crops, batch_size, seed, data.workers, classes=positive, skip=skip)
         return EpochStream(shards, crops, batch_size, seed, data.workers, skip=skip)
+
+
+def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give every rank the main one's running statistics: DDP does so before a step only, and all are to judge alike."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def allowed_flips(shards: ShardDataset, section: SegmentSection) -> tuple[tuple[int, ...], ...]:

@@ -10,8 +10,9 @@ Definitions, all in stored pixels; what is over many images is in `measures.py`.
     part of a     what a region shows of a lesion: the region without what lies on other lesions of its class, so that
       region      two lesions that meet can both be drawn perfectly
     missed        no said component touches the lesion
-    candidate     a component of probability >= rules.floor; its score is the peak, its region what is connected to the
-                  peak at half of it or more; where several pixels share the peak, it is the one nearest their middle
+    candidate     a component of probability >= rules.floor, of an image the rules.most most probable ones; its score is
+                  the peak, its region what is connected to the peak at half of it or more; where several pixels share
+                  the peak, it is the one nearest their middle
     hit, iou      a region's part of the lesion has an intersection over union with it of at least rules.iou
     hit, point    the peak lies in the lesion
     HD95          95th percentile of the distances of one outline's pixels to the other outline, the larger of both ways
@@ -34,10 +35,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from ...data.findings import IGNORED
+from ...data.findings import IGNORED, TOUCHING
 
 NAN = float("nan")
-EIGHT = np.ones((3, 3), bool)
 
 Mask = NDArray[np.bool_]
 Numbers = NDArray[np.int32]
@@ -49,7 +49,8 @@ class Rules:
     """When a mark hits, and how near an outline must be."""
 
     iou: float = 0.1
-    floor: float = 0.05  # probability under which there is no candidate
+    floor: float = 0.05  # probability under which there is no candidate; never above half a threshold (fits.py)
+    most: int = 100  # candidates of an image and class, the most probable ones
     tolerance_mm: float = 1.0
     tolerance_px: float = 5.0  # where the spacing is unknown
 
@@ -167,7 +168,7 @@ def score_case(
         of = OfClass(cls, truth, said, probabilities[cls], findings)
         overlaps.append(of.overlap())
         if findings is not None:
-            marks = of.candidates(rules.floor)
+            marks = of.candidates(rules)
             lesions += of.lesions(marks, rules.iou, rules.tolerance(spacing_mm))
             candidates += (of.candidate(mark, rules.iou) for mark in marks)
     falsely = sum(o.false_components for o in overlaps), sum(o.false_area for o in overlaps)
@@ -222,10 +223,12 @@ class OfClass:
         both = int(np.count_nonzero(self.truth & self.said))
         return Overlap(int(self.truth.sum()), int(self.said.sum()), both, int(false.sum()), int(areas[false].sum()))
 
-    def candidates(self, floor: float) -> list[Mark]:
-        """The candidates."""
-        labels, boxes = components((self.probability >= floor) & self.counted)
-        return [self.mark(box, labels[box] == n, half=True) for n, box in enumerate(boxes, 1)]
+    def candidates(self, rules: Rules) -> list[Mark]:
+        """The candidates; a noisy map has ten thousand, of which only the most probable could ever count."""
+        labels, boxes = components((self.probability >= rules.floor) & self.counted)
+        peaks = ndimage.maximum(self.probability, labels, np.arange(1, len(boxes) + 1)) if boxes else []
+        kept = np.sort(np.argsort(-np.asarray(peaks), kind="stable")[: rules.most])
+        return [self.mark(boxes[n], labels[boxes[n]] == n + 1, half=True) for n in kept.tolist()]
 
     def mark(self, box: Box, component: Mask, half: bool) -> Mark:
         """A component's region and peak.
@@ -239,7 +242,7 @@ class OfClass:
         score = heights[component].max()
         peak = middle(component & (heights == score))
         if half:
-            near = ndimage.label(component & (heights >= score / 2), EIGHT)[0]
+            near = ndimage.label(component & (heights >= score / 2), TOUCHING)[0]
             component = near == near[peak]
         return Mark(box, component, float(score), counts(numbers[component]), int(numbers[peak]))
 
@@ -291,7 +294,7 @@ class OfClass:
 
 def components(mask: Mask) -> tuple[Numbers, list[Box]]:
     """(H, W) numbers 1.. of 8-connected components, and the box of each."""
-    labels: Numbers = ndimage.label(mask, EIGHT)[0]
+    labels: Numbers = ndimage.label(mask, TOUCHING)[0]
     return labels, ndimage.find_objects(labels)
 
 

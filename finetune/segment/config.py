@@ -16,12 +16,12 @@ from pydantic import (
 
 from ...data.config import DataSection
 from ...data.frames import AugmentSection
+from ...data.masks import IGNORED_NAME
 from ...engine.config import Section
 from ...engine.recipe import TrainSection
 
 Value = Annotated[int, Field(ge=0, le=255)]
 Part = Annotated[float, Field(gt=0, lt=1)]
-IGNORE = "ignored"  # the name in `classes` of values that count for nothing
 
 
 class SegmentSection(Section):
@@ -62,7 +62,7 @@ class SegmentSection(Section):
     """of pixels; beside it stands Dice, image by image"""
     dice: NonNegativeFloat = 1.0
     """weight of the Dice loss"""
-    foreground: float = Field(default=0.5, gt=0, le=2 / 3)
+    foreground: float = Field(default=0.5, gt=0, le=0.5)
     """share of the training crops that are centred on something; the others hold nothing, where that can be had"""
     augment: AugmentSection = AugmentSection()
     drop_path: float = Field(default=0.0, ge=0, lt=1)
@@ -77,7 +77,8 @@ class SegmentSection(Section):
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """of neighbouring tiles, when an image is judged"""
     flip_average: bool = True
-    """judge each tile upside down, too, and mirrored where the data does not fix the side of the chest wall"""
+    """judge each tile upside down, too, and mirrored where the data does not fix the side of the chest wall; as far as
+    training crops were"""
     batch_size: PositiveInt = 8
     """tiles judged at once"""
     folds: int = Field(default=5, ge=2)
@@ -101,14 +102,16 @@ class SegmentSection(Section):
         values = [value for of in classes.values() for value in of]
         if len(values) > len(set(values)) or not all(classes.values()):
             raise ValueError(f"every class needs values, and no value is in two (got {classes})")
-        if len(classes.keys() - {IGNORE}) < 2:
+        if len(classes.keys() - {IGNORED_NAME}) < 2:
             raise ValueError(f"background and at least one more (got {[*classes]})")
-        if next(iter(classes)) == IGNORE:
-            raise ValueError(f"background comes first, {IGNORE!r} behind it")
+        if next(iter(classes)) == IGNORED_NAME:
+            raise ValueError(f"background comes first, {IGNORED_NAME!r} behind it")
         return classes
 
     @model_validator(mode="after")
     def _one_resolution(self) -> SegmentSection:
+        if self.augment.area != AugmentSection.model_fields["area"].default:
+            raise ValueError("augment.area: the resolution says how large tissue is; leave it out")
         if self.mm_per_pixel is not None and self.long_side is not None:
             raise ValueError("mm_per_pixel and long_side both say how large a pixel is; set one of them")
         return self

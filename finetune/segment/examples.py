@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from ...data.findings import IGNORED
+from ...data.findings import IGNORED, TOUCHING
 from ...data.shards import Sample, ShardDataset
 from .cases import Case, Lesion
 from .measures import dice_of
 from .overlay import Mask, draw_overlay, present
-from .target import TOUCHING, Target
+from .target import Target
 
 KINDS = ("best", "median", "worst", "missed", "false alarm")  # in the order they are shown in
 SHOWN = 2  # of a kind, at most

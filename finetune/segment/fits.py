@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ...data.image import encode_png
 from ...data.shards import Sample
 from ...engine.errors import RunFailed
 from ...engine.files import make_folder, read_json, write_atomic, write_json
+from ...engine.launch import together
 from ...engine.metrics import Ints
 from ...engine.run import Run
 from ...engine.seeding import stable_seed
@@ -35,13 +36,14 @@ from .bench import Bench, parameters
 from .casefile import read_cases, write_cases
 from .cases import Case, Rules, score_case
 from .config import SegmentSection
-from .inference import masked, probabilities
+from .inference import masked
+from .inference import probabilities as read_image
 from .splits import inner
 from .thresholds import BINS, choose_thresholds, histograms
 
 FIT = "miram.fit/1"
 MASKS = "masks"
-Floats = NDArray[np.float32]
+Probabilities = NDArray[np.float32]
 Thresholds = tuple[float, ...] | None  # of every class but the background; None: the likeliest class is said
 
 
@@ -78,6 +80,7 @@ class Fits:
         there = (place / "fit.json").is_file()
         bench.accelerator.wait_for_everyone()  # before any rank writes, all have looked
         if there and not keep:
+            self.tidy(place)
             return self.read(place, None)
         if bench.main:
             make_folder(place)
@@ -87,16 +90,20 @@ class Fits:
         model = bench.make(known, place, stable_seed(bench.settings.seed, "training", name) % 2**63)
         cost = spending(place, time.monotonic() - began) | parameters(model)
         thresholds = self.thresholds(model, held)
-        self.judge(model, rest, thresholds, number, place)
+        together(bench.accelerator, lambda: self.judge(model, rest, thresholds, number, place))
+        together(bench.accelerator, lambda: self.join(place) if bench.main else None)
         if bench.main:
-            facts = {"learnt_from": len(known), "chosen_on": len(held)}
-            chosen = {"thresholds": thresholds, "inner": how, **facts, "cost": cost}
-            write_json(place / "fit.json", FIT, chosen)
-            shutil.rmtree(
-                Run(place, "segment").checkpoints, ignore_errors=True
-            )  # not before: judging may be stopped, too
+            facts = {"learnt_from": len(known), "chosen_on": len(held), "cost": cost}
+            write_json(place / "fit.json", FIT, {"thresholds": thresholds, "inner": how, **facts})
+            self.tidy(place)
         bench.accelerator.wait_for_everyone()
         return self.read(place, model)
+
+    def tidy(self, place: Path) -> None:
+        """Remove what a finished fit needs no longer: not before, as judging may be stopped, too."""
+        if self.bench.main:
+            for folder in (Run(place, "segment").checkpoints, *place.glob("judged-*")):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, place: Path, model: nn.Module | None) -> Fit:
         """A fit that is there."""
@@ -120,29 +127,31 @@ class Fits:
         if bench.section.threshold is not None:
             return (bench.section.threshold,) * foreground
         counted = np.zeros((foreground, 2, BINS), np.int64)
-        for _, sample, said in self.said(model, held, "held-out images"):
-            counted += histograms(bench.asked.target.truth(sample), said)
+
+        def count() -> None:
+            for _, sample, probabilities in self.read_off(model, held, "held-out images"):
+                counted[:] += histograms(bench.asked.target.truth(sample), probabilities)
+
+        together(bench.accelerator, count)
         return choose_thresholds(bench.total(counted))
 
     def judge(self, model: nn.Module, images: Ints, thresholds: Thresholds, fold: int, place: Path) -> None:
-        """Write masks and cases of images; each rank its share."""
+        """Write masks and cases of this rank's share of the images."""
         bench, found = self.bench, []
         make_folder(self.folder / MASKS)
-        for i, sample, said in self.said(model, images, "judged images"):
-            mask = masked(said, thresholds, bench.section.smallest)
-            write_atomic(self.folder / MASKS / f"{sample.key}.png", encode_png(mask))
-            found.append(self.case(i, sample, said, mask, fold))
-        rank, world = bench.accelerator.process_index, bench.accelerator.num_processes
-        classes = bench.asked.target.classes
-        write_cases(place / f"judged-{rank}", found, classes)
-        bench.accelerator.wait_for_everyone()
-        if bench.main:
-            every = [case for r in range(world) for case in read_cases(place / f"judged-{r}")]
-            write_cases(place / "judged", sorted(every, key=lambda case: case.key), classes)
-            for r in range(world):
-                shutil.rmtree(place / f"judged-{r}")
+        for i, sample, probabilities in self.read_off(model, images, "judged images"):
+            said = masked(probabilities, thresholds, bench.section.smallest)
+            write_atomic(self.folder / MASKS / f"{sample.key}.png", encode_png(said))
+            found.append(self.case(i, sample, said=said, probabilities=probabilities, thresholds=thresholds, fold=fold))
+        write_cases(place / f"judged-{bench.accelerator.process_index}", found, bench.asked.target.classes)
 
-    def said(self, model: nn.Module, images: Ints, name: str) -> Iterator[tuple[int, Sample, Floats]]:
+    def join(self, place: Path) -> None:
+        """Write the cases of all ranks as one."""
+        ranks = [place / f"judged-{rank}" for rank in range(self.bench.accelerator.num_processes)]
+        every = [case for folder in ranks for case in read_cases(folder)]
+        write_cases(place / "judged", sorted(every, key=lambda case: case.key), self.bench.asked.target.classes)
+
+    def read_off(self, model: nn.Module, images: Ints, name: str) -> Iterator[tuple[int, Sample, Probabilities]]:
         """Images of this rank's share, one at a time: number, sample, (K, H, W) probabilities.
 
         Raises:
@@ -150,26 +159,46 @@ class Fits:
         """
         bench = self.bench
         rank, world = bench.accelerator.process_index, bench.accelerator.num_processes
-        share = images[rank::world] if not bench.alone else images if bench.main else images[:0]
+        share = images[rank::world] if not bench.only_main else images if bench.main else images[:0]
         with Meter(name, len(share)) as meter:
             for i in share.tolist():
                 sample = bench.shards[int(bench.asked.task.chosen[i])]
-                said = probabilities(model, sample, bench.reading, bench.accelerator.device)
-                if not np.isfinite(said).all():
+                found = read_image(model, sample, bench.reading, bench.accelerator.device)
+                if not np.isfinite(found).all():
                     raise RunFailed(f"sample {sample.key}: the model gives no finite numbers; lower train.blr")
-                yield i, sample, said
+                yield i, sample, found
                 meter.advance()
 
-    def case(self, i: int, sample: Sample, said: Floats, mask: NDArray[np.uint8], fold: int) -> Case:
+    def case(
+        self,
+        i: int,
+        sample: Sample,
+        *,
+        said: NDArray[np.uint8],
+        probabilities: Probabilities,
+        thresholds: Thresholds,
+        fold: int,
+    ) -> Case:
         """An image's scores."""
-        section, asked = self.bench.section, self.bench.asked
-        findings = asked.target.findings(sample) if asked.target.lesions else None
-        rules = rules_of(section)
-        spacing = float(sample.meta["spacing_mm"]) if sample.meta.get("spacing_mm") else None
-        patient, truth = str(asked.task.patients[i]), asked.target.truth(sample)
-        return score_case(sample.key, patient, fold, spacing, truth, findings, mask, said, rules)
+        asked, rules = self.bench.asked, rules_of(self.bench.section, thresholds)
+        return score_case(
+            sample.key,
+            str(asked.task.patients[i]),
+            fold,
+            float(sample.meta["spacing_mm"]) if sample.meta.get("spacing_mm") else None,
+            asked.target.truth(sample),
+            asked.target.findings(sample) if asked.target.lesions else None,
+            said,
+            probabilities,
+            rules,
+        )
 
 
-def rules_of(section: SegmentSection) -> Rules:
-    """By what a lesion counts as found, and a border as right."""
-    return Rules(iou=section.hit_iou, tolerance_mm=section.tolerance_mm, tolerance_px=section.tolerance_px)
+def rules_of(section: SegmentSection, thresholds: Thresholds = None) -> Rules:
+    """By what a lesion counts as found, and a border as right.
+
+    Marks begin at half the threshold of masks, if that is low: else a model that is sure of nothing would have masks
+    and no marks.
+    """
+    rules = Rules(iou=section.hit_iou, tolerance_mm=section.tolerance_mm, tolerance_px=section.tolerance_px)
+    return replace(rules, floor=min(rules.floor, min(thresholds) / 2)) if thresholds else rules

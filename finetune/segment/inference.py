@@ -27,12 +27,12 @@ from torch.nn.functional import interpolate, pad
 from torch.signal.windows import gaussian
 
 from ...data.crops import Resolution, to_raster
+from ...data.findings import TOUCHING
 from ...data.resample import Size
 from ...data.shards import Sample
 from ...data.views import Normalisation
 
 ROOM = 1e-6  # of a pixel, for the rounding of a share
-AROUND = np.ones((3, 3))  # pixels that touch at a corner are of one component
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _drop(said: NDArray[np.uint8], smallest: int) -> None:
     """Make small components background, in place."""
     for value, box in enumerate(ndimage.find_objects(said), 1):
         if box is not None:
-            numbers, _ = ndimage.label(said[box] == value, AROUND)
+            numbers, _ = ndimage.label(said[box] == value, TOUCHING)
             small = np.bincount(numbers.ravel()) < smallest
             small[0] = False
             said[box][small[numbers]] = 0

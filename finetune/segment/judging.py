@@ -124,9 +124,10 @@ def about_lesions(cases: Sequence[Case], rules: Rules) -> Iterator[str]:
 def about_froc(cases: Sequence[Case], rules: Rules) -> Iterator[str]:
     """What a mark is."""
     yield (
-        f"FROC: a mark is a connected part of probability {rules.floor:g} or more, its score the peak; by the IoU rule "
-        "its region is what is at least half as probable as the peak. False marks are counted over all images. CPM: "
-        "the mean of the sensitivities at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false marks per image."
+        f"FROC: a mark is a connected part of probability {rules.floor:g} or more, or of half the threshold where that "
+        f"is less, one of the {rules.most} most probable of its image; its score is the peak, by the IoU rule its "
+        "region is what is at least half as probable as the peak. False marks are counted over all images. CPM: the "
+        "mean of the sensitivities at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false marks per image."
     )
     if len({case.fold for case in cases}) > 1:
         yield "FROC ranks the marks of all folds together, though models of different folds are not on one scale."

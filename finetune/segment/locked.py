@@ -3,7 +3,7 @@
 RUN/model/model.json            {"schema", "classes", "kind", "model", "model_options", "control", "control_seed",
                                 "encoder": as it was named or null, "base": {"architecture", …, "digest"} or null,
                                 "method", "options", "channels", "image_size", "mm_per_pixel", "long_side", "mean",
-                                "std", "thresholds", "smallest", "overlap", "flips", "preprocessing": […],
+                                "std", "thresholds", "smallest", "rasters", "overlap", "flips", "preprocessing": […],
                                 "trained_on": {…}, "files": {NAME: sha256}, "digest"}
 RUN/model/adapter/              what learnt of the encoder (finetune/peft/files.py)
 RUN/model/network.safetensors   the decoder; of a network without an encoder, all of it
@@ -39,6 +39,7 @@ from ..peft.base import write_all
 from ..peft.files import load, save
 from ..sealed import (
     CARD,
+    SEGMENTER,
     SealedCard,
     asking,
     read_base,
@@ -47,14 +48,12 @@ from ..sealed import (
     refuse_without,
     seal,
     whole_folder,
-    word,
 )
 from .decoders import EncoderDecoder
 from .inference import Reading, masked, probabilities
 from .models import build
-from .taps import unpooled
+from .taps import trimmed
 
-MODEL = "miram.segmenter/1"
 ADAPTER, NETWORK = "adapter", "network.safetensors"
 
 
@@ -67,13 +66,15 @@ class SegmentCard(SealedCard):
     model_options: dict[str, Any]
     control: Literal["untrained", "zeroed"] | None
     control_seed: int
-    method: str
+    method: str | None
     options: dict[str, Any]
     channels: int
     mm_per_pixel: float | None
     long_side: int | None
     thresholds: tuple[float, ...] | None
     smallest: int
+    rasters: tuple[int, int]
+    """least and largest longer side, in the model's pixels, of the images that it learnt from"""
     overlap: float
     flips: tuple[tuple[int, ...], ...]
     preprocessing: tuple[dict[str, Any], ...]
@@ -135,23 +136,20 @@ def write_segmenter(folder: Path, card: SegmentCard, model: nn.Module) -> Segmen
         if isinstance(model, EncoderDecoder):
             save(model.taps.tuned, part / ADAPTER)
         write_all(part / NETWORK, own_state(model))
-        return seal(part, MODEL, card)
+        return seal(part, SEGMENTER, card)
 
 
 def own_state(model: nn.Module) -> Mapping[str, Tensor]:
     """What a file holds beside the encoder's adapter."""
-    part: nn.Module = model.decoder if isinstance(model, EncoderDecoder) else model
-    return {name: tensor.detach().cpu() for name, tensor in part.state_dict().items()}
+    return {name: tensor.detach().cpu() for name, tensor in own_part(model).state_dict().items()}
+
+
+def own_part(model: nn.Module) -> nn.Module:
+    """The decoder, or all of a network without an encoder."""
+    return model.decoder if isinstance(model, EncoderDecoder) else model
 
 
 # ---------------------------------------------------------------------------------------------- reading
-
-
-def is_segmenter(run: str | Path) -> bool:
-    """Whether a run or a model's folder is one of `miram segment`."""
-    run = Path(run)
-    path = next((p for p in (run / CARD, run / "model" / CARD) if p.is_file()), None)
-    return word(run / "state.json", "stage") == "segment" if path is None else word(path, "schema") == MODEL
 
 
 def read_segmenter(run: str | Path, encoder: str | None = None, batch_size: int = 8) -> Segmenter:
@@ -170,16 +168,15 @@ def read_segmenter(run: str | Path, encoder: str | None = None, batch_size: int 
     if not (folder / CARD).is_file():
         refuse_unfinished(folder, "segment")
         folder /= "model"
-    card = read_card(folder, MODEL, SegmentCard)
+    card = read_card(folder, SEGMENTER, SegmentCard)
     refuse_without(folder, card, NETWORK)
     tuned = None
     with torch.random.fork_rng():
         if card.base is not None:
             read = untrained if card.control == "untrained" else read_base
-            tuned = load(folder / ADAPTER, unpooled(read(folder, card, encoder)))
+            tuned = load(folder / ADAPTER, trimmed(read(folder, card, encoder), card.model_options.get("layers")))
         model = build(card.model, card.model_options, tuned, card.channels, len(card.classes), card.control == "zeroed")
-    part: nn.Module = model.decoder if isinstance(model, EncoderDecoder) else model
-    read_into(folder / NETWORK, part.state_dict().items())
+    read_into(folder / NETWORK, own_part(model).state_dict().items())
     return Segmenter(card, model.requires_grad_(False).eval().to(device()), batch_size)
 
 

@@ -141,9 +141,9 @@ def read_model(name: str, options: dict[str, Any]) -> Model:
     if name not in MODELS:
         raise UserError(f"there is no segmenter {name!r}{did_you_mean(name, list(MODELS))}")
     try:
-        return check(MODELS[name], options, f"options of {name}")
+        return check(MODELS[name], options, f"segment.model_options of {name}")
     except TypeError as error:
-        raise UserError(f"options of {name}: {error}; give plain numbers, words and lists") from error
+        raise UserError(f"segment.model_options of {name}: {error}; give plain numbers, words and lists") from error
 
 
 def build(

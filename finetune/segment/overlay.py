@@ -26,12 +26,9 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ...data.findings import IGNORED
-from ...data.geometry import area_resize
+from ...data.findings import IGNORED, TOUCHING
 from ...data.record import Pixels, Region
-from ..saliency.picture import LONGEST
-from ..style import ACCENT, BESIDE, fitted, save, wrapped
-from .target import TOUCHING
+from ..style import ACCENT, BESIDE, fitted, reduced, save, wrapped
 
 Mask = NDArray[np.bool_]
 Classes = NDArray[np.uint8]
@@ -211,13 +208,6 @@ def legend(classes: Sequence[str], truth: Classes | None, said: Classes) -> list
 def colours_of(number: int, classes: int) -> tuple[Colour, Colour]:
     """Colours of a class's truth and prediction: two where it is the only one, else its own for both."""
     return (TRUTH, SAID) if classes == 2 else (OF_CLASS[(number - 1) % len(OF_CLASS)],) * 2
-
-
-def reduced(image: Pixels) -> Pixels:
-    """An image small enough for a picture."""
-    factor = max(1.0, max(image.shape[:2]) / LONGEST)
-    rows, columns = (max(1, round(side / factor)) for side in image.shape[:2])
-    return area_resize(image, (rows, columns))
 
 
 def place(region: Region) -> tuple[float, float, float, float]:

@@ -35,6 +35,8 @@ from .locked import SegmentCard, Segmenter, read_segmenter
 from .overlay import draw_overlay
 from .writing import DICOM_SEG, Said, film_spacing, geometry_of, names_of, refuse_formats, restored, write_mask
 
+APART = 1.5  # how many times larger or smaller an image may look
+
 
 @dataclass
 class Judged:
@@ -114,6 +116,8 @@ def predict_masks(
         say(f"left out {name}: {reason}")
     if not images:
         raise RunFailed(f"none of the {len(left_out)} images could be used; each is listed above with its reason")
+    for one in images:
+        warn_of_scale(segmenter.card, one)
     if DICOM_SEG in formats:
         refuse_sources(images, segmenter.card.classes)
     name_files(segmenter, images, folder, formats, pictures)
@@ -155,6 +159,18 @@ def fault_of(card: SegmentCard, row: Row) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def warn_of_scale(card: SegmentCard, one: Judged) -> None:
+    """Say where an image is seen much larger or smaller than those that the model learnt from."""
+    row = one.images.shards.rows[one.row]
+    spacing = float(row["spacing_mm"]) if row["spacing_mm"] else None
+    side = max(card.reading().resolution.raster((int(row["height"]), int(row["width"])), spacing))
+    if not card.rasters[0] / APART <= side <= card.rasters[1] * APART:
+        say(
+            f"{one.name} is {side} pixels long as the model sees it, the images that it learnt from were "
+            f"{card.rasters[0]} to {card.rasters[1]}: findings in it are of another size, and the mask may mean nothing"
+        )
 
 
 def refuse_sources(images: Sequence[Judged], classes: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ def inner(task: Task, fit: Ints, holdout: float | None, seed: int) -> tuple[Ints
             known, held = next(grouped_folds(strata.truth[fit], strata.patients[fit], count, seed, strata))
             if task.truth[fit][known].any() and task.truth[fit][held].any():
                 return fit[known], fit[held], f"{len(held)} held-out images"
-    return fit, fit[:0], "too few patients to hold some out; the threshold is 0.5"
+    return fit, fit[:0], "too few patients to hold some out"
 
 
 def balanced(task: Task, images: Ints, folds: int) -> Task:

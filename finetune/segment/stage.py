@@ -6,7 +6,7 @@
     RUN/figures/         overlays, FROC, strata
     RUN/model/           what `miram predict` takes (locked.py)
     RUN/fits/            the trainings; a start that was stopped goes on from them (fits.py)
-    RUN/../masks/        what the data's masks hold, looked at once for the runs beside this one
+    RUN/../surveys/      what the data's masks hold, looked at once for the runs beside this one
 
 Where the data has train and test patients, the test is judged once, and the model that judged it is the one that is
 kept. Else folds of patients judge the procedure, and the kept model is what the same procedure makes of all of them.
@@ -14,8 +14,9 @@ kept. Else folds of patients judge the procedure, and the kept model is what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from ...data.opening import open_shards
+from ...data.shards import ShardDataset
 from ...engine.config import load
 from ...engine.errors import UserError
 from ...engine.files import read_json
@@ -55,6 +57,8 @@ from .survey import survey
 from .sweep import sweep
 from .target import Asked, read_target
 
+PATIENCE = timedelta(hours=24)  # ranks wait while one judges or draws
+
 
 def segment(
     config: str, arguments: Sequence[str] = (), *, sweeps: bool = False, signals: StopSignals | None = None
@@ -71,9 +75,9 @@ def segment(
         RunFailed: a training failed, or the disk is full.
     """
     settings = load(SegmentConfig, config, arguments)
-    accelerator = make_accelerator(settings.train.deterministic)
+    accelerator = make_accelerator(settings.train.deterministic, PATIENCE)
     out = Path(settings.out)
-    cache = (out if sweeps else out.parent) / "masks"
+    cache = (out if sweeps else out.parent) / "surveys"
     one = partial(run_one, accelerator=accelerator, signals=signals or StopSignals(), cache=cache)
     return sweep(settings, one, open_shards(settings.data).inputs) if sweeps else one(settings)
 
@@ -120,6 +124,10 @@ def prepare(
         raise UserError(f"segment.encoder: {section.model} {how}")
     if section.control and section.encoder is None:
         raise UserError(f"segment.control: {section.model} stands on no encoder to be a control of; set it to null")
+    if (section.options or section.drop_path) and section.encoder is None:
+        raise UserError(
+            f"segment.options and drop_path are of an encoder, and {section.model} has none; leave them out"
+        )
     shards = open_shards(settings.data)
     asked = read_asked(shards, section, accelerator, cache)
     splits, name = outer(asked.task, section.folds, settings.seed)
@@ -148,7 +156,7 @@ def control_seed(settings: SegmentConfig) -> int:
     return stable_seed(settings.seed, "control") % 2**63
 
 
-def read_asked(shards: Any, section: SegmentSection, accelerator: Accelerator, cache: Path) -> Asked:
+def read_asked(shards: ShardDataset, section: SegmentSection, accelerator: Accelerator, cache: Path) -> Asked:
     """What the masks ask for; the main process looks first."""
     together(accelerator, lambda: survey(shards, cache) if accelerator.is_main_process else None)
     return read_target(shards, survey(shards, cache), section)
@@ -165,18 +173,17 @@ class Stage:
 
     def run_through(self) -> None:
         """Judge, keep, tell."""
-        wanted = not self.model.exists() and (self.alone or self.bench.section.final)
+        wanted = not self.model.exists() and (self.official or self.bench.section.final)
         self.bench.accelerator.wait_for_everyone()  # before any rank makes the folder, all have looked for it
         fits = Fits(self.bench, self.run.folder)
-        found = [self.fold(fits, number, keep=wanted and self.alone) for number in range(len(self.splits))]
+        found = [self.fold(fits, number, keep=wanted and self.official) for number in range(len(self.splits))]
         if wanted:
             everybody = self.everybody
-            self.keep(found[0] if self.alone else fits.fit(everybody, everybody[:0], "final", 0, keep=True))
-        if self.bench.main:
-            self.write(found)
+            self.keep(found[0] if self.official else fits.fit(everybody, everybody[:0], "final", 0, keep=True))
+        together(self.bench.accelerator, lambda: self.write(found) if self.bench.main else None)
 
     @property
-    def alone(self) -> bool:
+    def official(self) -> bool:
         """Whether one model judges all: that of an official split."""
         return len(self.splits) == 1
 
@@ -188,12 +195,12 @@ class Stage:
     @property
     def everybody(self) -> Ints:
         """All images that the kept model may learn from."""
-        return self.training(0) if self.alone else np.arange(len(self.bench.asked.keys))
+        return self.training(0) if self.official else np.arange(len(self.bench.asked.keys))
 
     def training(self, number: int) -> Ints:
         """Images of an outer fold's training patients, the official `val` among them."""
         fit, splits = self.splits[number][0], self.bench.asked.task.splits
-        val = np.flatnonzero(splits == "val") if self.alone else fit[:0]
+        val = np.flatnonzero(splits == "val") if self.official else fit[:0]
         return np.union1d(fit, val)
 
     def fold(self, fits: Fits, number: int, *, keep: bool) -> Fit:
@@ -202,10 +209,13 @@ class Stage:
 
     def keep(self, fit: Fit) -> None:
         """Write the model."""
-        if self.bench.main:
-            assert fit.model is not None
-            write_segmenter(self.model, card_for(self.bench, self.everybody, fit.thresholds), fit.model)
-        self.bench.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            if self.bench.main:
+                assert fit.model is not None
+                write_segmenter(self.model, card_for(self.bench, self.everybody, fit.thresholds), fit.model)
+
+        together(self.bench.accelerator, write)
 
     # ------------------------------------------------------------------------------------------ telling
 
@@ -219,26 +229,21 @@ class Stage:
         within = f", within split {split!r}" if split and split in bench.asked.task.splits else ""
         content |= {"split": self.split_name + within, "cost": cost(found), "rules": asdict(rules_of(section))}
         content["notes"] = [*self.notes(cases, found), *content["notes"]]
-        masks = run.folder / MASKS
-        rows = dict(zip(bench.asked.keys.tolist(), bench.asked.task.chosen.tolist(), strict=True))
-        figures = run.folder / "figures"
-        captions = draw_figures(figures, cases, bench.shards, rows, masks, target, bench.settings.seed)
-        run.caption(captions)
+        masks, figures = run.folder / MASKS, run.folder / "figures"
+        run.caption(draw_figures(figures, cases, bench.shards, self.rows, masks, target, bench.settings.seed))
         run.result(content)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of the data set by key."""
+        return dict(zip(self.bench.asked.keys.tolist(), self.bench.asked.task.chosen.tolist(), strict=True))
 
     def notes(self, cases: Sequence[Case], found: Sequence[Fit]) -> list[str]:
         """What a reader of the figures has to know."""
-        bench, section = self.bench, self.bench.section
-        rows = dict(zip(bench.asked.keys.tolist(), bench.asked.task.chosen.tolist(), strict=True))
-        judged = [int(rows[case.key]) for case in cases]
-        told = self.pretrained(judged)
-        told += bench.asked.notes
-        how = {fit.inner for fit in found if fit.inner}
-        if how:
-            thresholds = ", ".join(f"{t:g}" for fit in found for t in fit.thresholds or ())
-            told.append(f"Thresholds {thresholds}, chosen on {'; '.join(sorted(how))} by pooled Dice.")
-        elif section.threshold is not None and bench.asked.target.lesions:
-            told.append(f"A lesion is said from probability {section.threshold:g} on, as configured.")
+        rows = self.rows
+        told = [*self.pretrained([rows[case.key] for case in cases]), *self.bench.asked.notes]
+        if self.bench.asked.target.lesions:
+            told += chosen(self.bench.section.threshold, found)
         learn, total = (found[0].cost[name] for name in ("trainable", "parameters"))
         return [*told, f"{learn:,} of {total:,} parameters learnt."]
 
@@ -253,20 +258,20 @@ class Stage:
         return [*saw, *(["A control: the decoder is given zeros for what the encoder sees."] * bool(section.control))]
 
 
+def chosen(configured: float | None, found: Sequence[Fit]) -> Iterator[str]:
+    """How it came that a lesion is said from a probability on."""
+    if configured is not None:
+        yield f"A lesion is said from probability {configured:g} on, as configured."
+        return
+    thresholds = ", ".join(f"{t:g}" for fit in found for t in fit.thresholds or ())
+    how = "; ".join(dict.fromkeys(fit.inner for fit in found))
+    yield f"Thresholds {thresholds}, by pooled Dice of {how}; 0.5 where that could not be chosen."
+
+
 def card_for(bench: Bench, fit: Ints, thresholds: tuple[float, ...] | None) -> SegmentCard:
     """The card of a model that learnt from, or chose by, these images."""
     section, reading, shards = bench.section, bench.reading, bench.shards
-    same = (
-        "model",
-        "model_options",
-        "control",
-        "encoder",
-        "method",
-        "options",
-        "mm_per_pixel",
-        "long_side",
-        "smallest",
-    )
+    same = ("model", "model_options", "control", "encoder", "options", "mm_per_pixel", "long_side", "smallest")
     patients = bench.asked.task.patients[fit]
     records = tuple((manifest["dataset"], manifest["records"]) for manifest in shards.manifests)
     of = tuple(sorted({patient.rpartition("/")[2] for patient in patients.tolist()}))
@@ -280,10 +285,12 @@ def card_for(bench: Bench, fit: Ints, thresholds: tuple[float, ...] | None) -> S
         mean=bench.normalise.mean,
         std=bench.normalise.std,
         thresholds=thresholds,
+        rasters=(min(sides := bench.longer_sides(fit)), max(sides)),
         overlap=reading.overlap,
         flips=reading.flips,
         preprocessing=preprocessing_of(shards),
         trained_on=TrainedOn(images=len(fit), patients=len(np.unique(patients)), records=records, of=of),
+        method=section.method if bench.encoder is not None else None,
         **{name: getattr(section, name) for name in same},
     )
 

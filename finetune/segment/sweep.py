@@ -11,28 +11,30 @@ goes on, one that fails is named and the others go on: the same command takes th
 
 from __future__ import annotations
 
-import csv
-import io
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...engine.config import Tree, check, dump_yaml, parse_yaml
-from ...engine.errors import RunFailed, UserError, did_you_mean, one_line
+from ...engine.errors import UserError
 from ...engine.files import write_atomic
-from ...engine.run import Run, open_run
-from ..cells import folder_of, merged, tell, work_through
-from ..classify.bootstrap import cell
+from ...engine.run import Run
+from ...pretrain.weights.loading import read_encoder
+from ..cells import check_against, folder_of, merged, read_cells, run_sweep
+from ..classify.bootstrap import Table, cell
 from ..classify.comparison import Standing, standings
-from ..classify.judging import FEW_PATIENTS
+from ..classify.judging import NOTHING
 from ..classify.sweep_figure import draw_sweep
-from ..classify.sweep_table import numbers, scaled
+from ..classify.sweep_table import caveats, columns, csv_of, differences, row_of, rows, table_of_failed
 from .config import SegmentConfig, SegmentSweepSection
-from .told import LEADING, SHOWN, Told, read_run
+from .judging import METRIC
+from .told import SHOWN, Finished, read_run
 
-SAME = ("classes", "lesion", "unmasked", "folds", "holdout", "threshold", "hit_iou", "tolerance_mm", "tolerance_px")
+SAME = (
+    *("classes", "task", "lesion", "unmasked", "folds", "holdout"),
+    *("threshold", "hit_iou", "tolerance_mm", "tolerance_px"),
+)
 UNITS: Mapping[str, tuple[str, float]] = {
     "trainable": ("trainable", 1),
     "parameters": ("of", 1),
@@ -77,24 +79,7 @@ def sweep(settings: SegmentConfig, one: Callable[[SegmentConfig], Run], inputs: 
         Preempted: stopped on a signal; the cells that are finished are kept.
         RunFailed: cells failed; the tables hold the others.
     """
-    cells, main = list(grid(settings)), os.environ.get("RANK", "0") == "0"
-    run = open_run(settings, settings.out, "sweep", inputs, writes=main)
-    if run.finished:
-        print(f"{run.folder} is finished; nothing to do")
-        tell(run)
-        return run
-    with run.recorded(writes=main):
-        failed = work_through(cells, one)
-        if main:
-            write(run, settings, cells, failed)
-            tell(run)
-        if failed:
-            first = f"{next(iter(failed))}: {next(iter(failed.values()))}"
-            raise RunFailed(
-                f"{len(failed)} of {len(cells)} runs of the sweep failed and are named in {run.folder}/result.json, "
-                f"which holds the others; the first: {first}; the same command tries them again"
-            )
-    return run
+    return run_sweep(settings, list(grid(settings)), one, inputs, write)
 
 
 # ---------------------------------------------------------------------------------------------- the cells
@@ -107,9 +92,8 @@ def grid(settings: SegmentConfig) -> Iterator[Cell]:
         UserError: a model has settings that cannot be, two have one folder, or `against` is none of them.
     """
     section, folders = settings.sweep, set()
-    if section.against not in section.models:
-        hint = did_you_mean(section.against, list(section.models))
-        raise UserError(f"sweep.against={section.against} is none of sweep.models{hint}")
+    check_against(section.against, section.models, "sweep.models")
+    settings = with_tile(settings)
     for name, changes in section.models.items():
         for seed in section.seeds:
             out = Path(settings.out, "cells", folder_of(name), f"seed-{seed}")
@@ -117,6 +101,16 @@ def grid(settings: SegmentConfig) -> Iterator[Cell]:
                 raise UserError(f"sweep: {name} at seed {seed} is named twice, or much like another; rename one")
             folders.add(out)
             yield Cell(name, seed, derived(settings, name, changes, seed, str(out)))
+
+
+def with_tile(settings: SegmentConfig) -> SegmentConfig:
+    """The same with the size of a tile said: networks without an encoder are to see what those with one do."""
+    common = settings.segment
+    alone = any(changes.get("encoder", "") is None for changes in settings.sweep.models.values())
+    if common.image_size is not None or common.encoder is None or not alone:
+        return settings
+    size = read_encoder(common.encoder)[0].patch_embed.img_size
+    return settings.model_copy(update={"segment": common.model_copy(update={"image_size": size})})
 
 
 def derived(settings: SegmentConfig, name: str, changes: Tree, seed: int, out: str) -> SegmentConfig:
@@ -129,8 +123,10 @@ def derived(settings: SegmentConfig, name: str, changes: Tree, seed: int, out: s
     common = settings.segment
     if changes.get("model", common.model) != common.model:
         tree["segment"] |= {"model_options": {}, "control": None}
-    if changes.get("method", common.method) != common.method:
+    if changes.get("method", common.method) != common.method or changes.get("encoder", "") is None:
         tree["segment"]["options"] = {}
+    if changes.get("encoder", "") is None:
+        tree["segment"]["drop_path"] = 0.0
     tree["segment"] = merged(tree["segment"], changes)
     tree |= {"out": out, "seed": seed, "sweep": SegmentSweepSection().model_dump(mode="json")}
     made: SegmentConfig = check(SegmentConfig, tree, f"sweep.models, {name}")
@@ -144,28 +140,15 @@ def derived(settings: SegmentConfig, name: str, changes: Tree, seed: int, out: s
 
 def write(run: Run, settings: SegmentConfig, cells: Sequence[Cell], failed: dict[Cell, str]) -> None:
     """Tables and picture; a finished cell that cannot be read or compared is added to the failed ones."""
-    told = read_cells(cells, failed)
+    told = read_cells(cells, failed, lambda one: read_run(one.run.folder))
     found = place(settings, told)
-    write_atomic(run.folder / "table.csv", table_csv(settings, found))
-    if told:
-        draw_sweep(run.caption({"sweep.png": CAPTION}) / "sweep.png", {1.0: found[LEADING]}, LEADING)
+    write_atomic(run.folder / "table.csv", csv_of(("figure", "model"), found, settings.sweep.against, [*UNITS]))
+    if METRIC in found:
+        draw_sweep(run.caption({"sweep.png": CAPTION}) / "sweep.png", {1.0: found[METRIC]}, METRIC)
     run.result(content(settings, found, failed, [*told.values()]))
 
 
-def read_cells(cells: Sequence[Cell], failed: dict[Cell, str]) -> dict[Cell, Told]:
-    """What finished cells say, as far as they judged the same images by the same rules."""
-    told: dict[Cell, Told] = {}
-    for one in (one for one in cells if one not in failed):
-        try:
-            told[one] = read_run(one.run.folder)
-            told[one].check_beside(next(iter(told.values())))
-        except UserError as error:
-            told.pop(one, None)
-            failed[one] = one_line(str(error))
-    return told
-
-
-def place(settings: SegmentConfig, told: Mapping[Cell, Told]) -> Standings:
+def place(settings: SegmentConfig, told: Mapping[Cell, Finished]) -> Standings:
     """The models by every figure that all of them have."""
     section, models = settings.sweep, dict.fromkeys(one.model for one in told)
     names = [name for name in SHOWN if all(name in one.names for one in told.values())] if told else []
@@ -177,65 +160,45 @@ def place(settings: SegmentConfig, told: Mapping[Cell, Told]) -> Standings:
 
 
 def content(
-    settings: SegmentConfig, found: Standings, failed: Mapping[Cell, str], told: Sequence[Told]
+    settings: SegmentConfig, found: Standings, failed: Mapping[Cell, str], told: Sequence[Finished]
 ) -> dict[str, Any]:
     """result.json: the first model leads; with nothing judged it only says why."""
-    top, against = [*found.get(LEADING, {}).values()], settings.sweep.against
-    nothing = {"value": None, "interval": None}
+    top = [*found.get(METRIC, {}).values()]
     shared = ("task", "split", "n_images", "n_patients", "classes")
     reasons = [[one.model, one.seed, why] for one, why in failed.items()]
-    lost = {"title": "Runs that failed", "columns": ["model", "seed", "why"], "rows": reasons, "note": ""}
     return {
         **{key: told[0].result[key] for key in shared if told and key in told[0].result},
-        "metric": LEADING,
-        **((cell(top[0].value) if top else None) or nothing),
-        "rows": [{"name": s.method, **(cell(s.value) or nothing), "detail": by_seed(s)} for s in top],
-        "differences": [
-            {"name": f"{s.method} \N{MINUS SIGN} {against}", **(cell(s.difference) or nothing), "detail": told_p(s)}
-            for s in top
-            if s.difference is not None
-        ],
+        "metric": METRIC,
+        **((cell(top[0].value) if top else None) or NOTHING),
+        "rows": list(rows(top)),
+        "differences": list(differences(top, settings.sweep.against)),
         "notes": notes(settings, told) if told else [],
-        "tables": [*(table_of(settings, name, of) for name, of in found.items()), *([lost] if reasons else [])],
+        "tables": [
+            *(table_of(settings.sweep, name, of) for name, of in found.items()),
+            *table_of_failed(["model", "seed", "why"], reasons),
+        ],
     }
 
 
-def by_seed(standing: Standing) -> str:
-    """The figure of every seed."""
-    return "seeds " + ", ".join(f"{value:.3f}" for value in standing.by_seed.values())
-
-
-def told_p(standing: Standing) -> str:
-    """Of no difference."""
-    return "" if standing.p is None else f"p {standing.p:.3f}"
-
-
-def table_of(settings: SegmentConfig, name: str, of: Mapping[str, Standing]) -> dict[str, Any]:
+def table_of(section: SegmentSweepSection, name: str, of: Mapping[str, Standing]) -> Table:
     """One figure, a row a model; with the costs where it is the one that leads."""
-    costs, seeds = [*UNITS.values()] if name == LEADING else [], len(settings.sweep.seeds)
-    rows = []
-    for s in of.values():
-        signed = cell(s.difference)
-        spent = [scaled(s.cost.get(key), unit) for key, (_, unit) in UNITS.items()] if costs else []
-        each = by_seed(s)[6:] + f" ({len(s.by_seed)} of {seeds} seeds)" * (len(s.by_seed) < seeds)
-        rows.append([s.method, cell(s.value), signed and {**signed, "signed": True}, s.p, *spent, each])
-    columns = ["model", name, f"\N{MINUS SIGN} {settings.sweep.against}", "p", *(title for title, _ in costs)]
-    return {"title": name, "columns": [*columns, "by seed"], "rows": rows, "note": ""}
+    units = UNITS if name == METRIC else {}
+    return {
+        "title": name,
+        "columns": ["model", name, *columns(section.against, units)],
+        "rows": [row_of(standing, len(section.seeds), units) for standing in of.values()],
+        "note": "",
+    }
 
 
-def notes(settings: SegmentConfig, told: Sequence[Told]) -> list[str]:
+def notes(settings: SegmentConfig, told: Sequence[Finished]) -> list[str]:
     """How the figures were made, for the reader of the report."""
-    seeds, samples = len(settings.sweep.seeds), settings.segment.replicates
-    patients = len({case.patient for case in told[0].cases})
-    few = f" With {patients} patients they are too short to be taken at their word." * (patients < FEW_PATIENTS)
-    reach = " With one seed they tell these trained models apart, not their kinds." * (seeds == 1)
+    seeds, patients = len(settings.sweep.seeds), len({case.patient for case in told[0].cases})
     return [
         f"Each figure is a mean over {seeds} seed{'s' * (seeds > 1)}; a seed sets folds, weights and crops. All models "
         f"had the same patients, folds and {settings.train.steps or settings.train.epochs} "
         f"{'steps' if settings.train.steps else 'epochs'} of the same batch.",
-        f"Intervals: 95 %, {samples} bootstrap samples, each of patients and of seeds, the same for all models, so "
-        "that differences are paired. p is of no difference and not corrected for the number of rows. "
-        f"Other pretrainings are not in them.{few}{reach}",
+        *caveats("configurations", seeds, settings.segment.replicates, patients),
         *in_common([one.result.get("notes", []) for one in told]),
     ]
 
@@ -244,17 +207,3 @@ def in_common(notes: Sequence[Sequence[str]]) -> list[str]:
     """What all runs say, but of intervals, which hold something else here."""
     first, *others = notes
     return [note for note in first if all(note in of for of in others) and not note.startswith("Intervals: ")]
-
-
-def table_csv(settings: SegmentConfig, found: Standings) -> str:
-    """table.csv."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    head = ("figure", "model", "seeds", "value", "low", "high", "difference", "difference_low", "difference_high")
-    table.writerow([*head, "against", "p", *UNITS])
-    for name, of in found.items():
-        for s in of.values():
-            against = settings.sweep.against if s.difference else ""
-            values = [*numbers(s.value), *numbers(s.difference), against, s.p]
-            table.writerow([name, s.method, len(s.by_seed), *values, *(s.cost.get(key) for key in UNITS)])
-    return buffer.getvalue()

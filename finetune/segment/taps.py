@@ -37,8 +37,7 @@ class Taps(nn.Module):
                 f"method {tuned.name} gives no maps of single blocks, which a decoder reads: choose another, e.g. lora"
             )
         self.layers = evenly_spaced(blocks) if layers is None else tuple(layers)
-        if len(self.layers) != COUNT or not all(0 <= layer < blocks for layer in self.layers):
-            raise UserError(f"layers must be {COUNT} blocks from 0 to {blocks - 1}, not {list(self.layers)}")
+        refuse_layers(layers, blocks)
         self.tuned, self.zeroed = tuned, zeroed
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -50,14 +49,22 @@ class Taps(nn.Module):
         return [maps[layer] * 0 if self.zeroed else maps[layer] for layer in self.layers]
 
 
-def unpooled(vit: Encoder) -> Encoder:
-    """The encoder without what acts behind its maps: that would learn nothing, and DDP stops at such parameters."""
-    pooling = cast(Any, vit)
-    if getattr(vit, "attn_pool", None) is not None:
-        pooling.attn_pool, pooling.global_pool = None, "avg"
-    if hasattr(vit, "fc_norm"):
-        pooling.fc_norm = nn.Identity()
+def trimmed(vit: Encoder, layers: Sequence[int] | None) -> Encoder:
+    """The encoder without what acts behind its maps: that would learn nothing, and DDP stops at such parameters.
+
+    Raises:
+        UserError: there is no such block.
+    """
+    last = len(vit.blocks) - 1 if layers is None else max(layers)
+    refuse_layers(layers, len(vit.blocks))
+    vit.prune_intermediate_layers([last], prune_norm=False, prune_head=True)
     return vit
+
+
+def refuse_layers(layers: Sequence[int] | None, blocks: int) -> None:
+    """Raises: UserError: there are no such blocks, or not so many."""
+    if layers is not None and (len(layers) != COUNT or not all(0 <= layer < blocks for layer in layers)):
+        raise UserError(f"layers must be {COUNT} blocks from 0 to {blocks - 1}, not {list(layers)}")
 
 
 def evenly_spaced(blocks: int) -> tuple[int, ...]:

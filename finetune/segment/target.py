@@ -9,8 +9,7 @@ Legend: n images.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,16 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ...data.findings import IGNORED
+from ...data.findings import IGNORED, TOUCHING
+from ...data.masks import Held, Lookup, all_named, images, lookup_of, names_of, one_kind
 from ...data.record import MaskKind
 from ...data.shards import Sample, ShardDataset
 from ...engine.errors import UserError
 from ..task import Task
-from .config import IGNORE, SegmentSection
-from .survey import Surveyed
+from .config import SegmentSection
 
 RARE = 0.05  # of all pixels: classes other than background that have less are lesions
-TOUCHING = np.ones((3, 3), np.bool_)  # pixels that share a corner are connected
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,14 @@ class Target:
 
     Attributes:
         classes: names, background first.
-        lookup: (256,) class number of each stored value.
+        lookup: from stored values.
         lesions: whether findings are told apart and counted.
         parts: whether each 8-connected part of a finding is a lesion of its own.
     """
 
     kind: MaskKind
     classes: tuple[str, ...]
-    lookup: NDArray[np.uint8]
+    lookup: Lookup
     lesions: bool
     parts: bool = False
 
@@ -78,17 +76,16 @@ class Asked:
     notes: tuple[str, ...]  # what was left out
 
 
-def read_target(shards: ShardDataset, found: Sequence[Surveyed], section: SegmentSection) -> Asked:
+def read_target(shards: ShardDataset, found: Sequence[Held], section: SegmentSection) -> Asked:
     """What the masks of a data set ask for.
 
     Raises:
-        UserError: there are no masks, their kinds differ, or `segment.classes` does not fit them.
+        UserError: there are no masks, their kinds differ, or a setting does not fit them.
     """
-    kind = one_kind(shards, found)
-    target = findings(found, section) if kind == "instances" else classes(found, section)
+    target = target_of(one_kind(shards, found), found, section)
     unmasked = {"auto": "negative" if target.lesions else "left_out"}.get(section.unmasked, section.unmasked)
-    rows = np.flatnonzero([counts(one, target, unmasked == "negative") for one in found])
-    positive = [any(target.lookup[value] not in (0, IGNORED) for value in found[row].values) for row in rows.tolist()]
+    rows = np.flatnonzero([one.counts(target.lookup, unmasked == "negative") for one in found])
+    positive = [found[row].positive(target.lookup) for row in rows.tolist()]
     if not any(positive):
         raise UserError(f"{', '.join(shards.roots)}: no mask holds anything but background; there is nothing to learn")
     columns = (np.array(c)[rows] for c in (*map(shards.rows.column, ("dataset", "patient", "key")), shards.splits))
@@ -103,72 +100,48 @@ def read_target(shards: ShardDataset, found: Sequence[Surveyed], section: Segmen
     return Asked(target, task, keys, tuple(notes))
 
 
-def counts(one: Surveyed, target: Target, unmasked: bool) -> bool:
-    """Whether an image has anything to learn from or be judged by."""
-    if one.kind is None:
-        return one.complete and unmasked
-    return one.complete and any(target.lookup[value] != IGNORED for value in one.values)
-
-
-def one_kind(shards: ShardDataset, found: Sequence[Surveyed]) -> MaskKind:
-    """What masks hold.
+def target_of(kind: MaskKind, found: Sequence[Held], section: SegmentSection) -> Target:
+    """What stored values become.
 
     Raises:
-        UserError: there are none, or some hold findings and others classes.
+        UserError: a setting does not fit what the masks hold.
     """
-    kinds = {one.kind for one in found if one.kind is not None}
-    if not kinds:
-        raise UserError(
-            f"{', '.join(shards.roots)} has no masks; ingest it with them (miram data ingest folder … --masks DIR)"
-        )
-    if len(kinds) > 1:
-        raise UserError(
-            f"{', '.join(shards.roots)}: some masks number findings, others classes; ingest them with one --mask-kind"
-        )
-    return kinds.pop()
-
-
-def findings(found: Sequence[Surveyed], section: SegmentSection) -> Target:
-    """Every finding is a lesion.
-
-    Raises:
-        UserError: `segment.classes` is set.
-    """
-    if section.classes is not None:
-        raise UserError(
-            "segment.classes names values of masks that hold classes, and these number findings; leave it out, or "
-            "ingest the data with --mask-kind classes"
-        )
-    if section.task == "tissues":
-        raise UserError("segment.task=tissues: the masks number findings; leave it out, or ingest them as classes")
-    lookup = np.ones(256, np.uint8)
-    lookup[0] = 0
-    unnumbered = all(value <= 1 for one in found for value in one.values)
-    parts = section.lesion == "part" or (section.lesion == "auto" and unnumbered)
-    return Target("instances", ("background", "lesion"), lookup, lesions=True, parts=parts)
-
-
-def classes(found: Sequence[Surveyed], section: SegmentSection) -> Target:
-    """Lesions or tissues by their values: as named, or every value one, 0 the background.
-
-    Raises:
-        UserError: a mask holds a value that `segment.classes` does not name, or there is but one.
-    """
-    images = Counter(value for one in found for value in one.values)
-    named = section.classes or {"background": (0,)} | {str(value): (value,) for value in sorted(images.keys() - {0})}
+    named = all_named(kind, found, section.classes, "segment.classes")
     lookup = lookup_of(named)
-    known = {value for values in named.values() for value in values} | {0}
-    if strange := sorted(images.keys() - known):
-        told = ", ".join(f"{value} (in {images[value]} images)" for value in strange[:4])
+    if kind == "instances":
+        lesions, parts = True, each_part(found, section)
+    else:
+        lesions = parts = section.task == "lesions" or (section.task == "auto" and foreground(found, lookup) < RARE)
+    check_task(kind, lesions, section)
+    return Target(kind, names_of(named), lookup, lesions, parts)
+
+
+def each_part(found: Sequence[Held], section: SegmentSection) -> bool:
+    """Whether each part of a finding is a lesion."""
+    unnumbered = all(value <= 1 for one in found for value in one.values)
+    return section.lesion == "part" or (section.lesion == "auto" and unnumbered)
+
+
+def check_task(kind: MaskKind, lesions: bool, section: SegmentSection) -> None:
+    """Refuse settings that would do nothing.
+
+    Raises:
+        UserError: tissues are asked for where findings are numbered, or are given what lesions have.
+    """
+    if kind == "instances" and section.task == "tissues":
+        raise UserError("segment.task=tissues: the masks number findings; leave it out, or ingest them as classes")
+    if lesions:
+        return
+    instead = "leave it out, or set segment.task=lesions if these classes are lesions"
+    if section.threshold is not None:
         raise UserError(
-            f"segment.classes: masks hold {told}, which no class takes; add it to a class, or to {IGNORE!r}"
+            f"segment.threshold={section.threshold:g}: tissues are segmented, of which the likeliest is said; {instead}"
         )
-    names, rare = tuple(name for name in named if name != IGNORE), foreground(found, lookup) < RARE
-    lesions = section.task == "lesions" or (section.task == "auto" and rare)
-    return Target("classes", names, lookup, lesions, parts=lesions)
+    if section.lesion != "auto":
+        raise UserError(f"segment.lesion={section.lesion}: tissues are segmented, which are not counted; {instead}")
 
 
-def foreground(found: Sequence[Surveyed], lookup: NDArray[np.uint8]) -> float:
+def foreground(found: Sequence[Held], lookup: Lookup) -> float:
     """Share of the pixels of all masks, as far as they count, that is not background."""
     pixels = np.zeros(256, np.int64)
     for one in found:
@@ -177,22 +150,13 @@ def foreground(found: Sequence[Surveyed], lookup: NDArray[np.uint8]) -> float:
     return float(pixels[1:IGNORED].sum() / max(1, pixels[:IGNORED].sum()))
 
 
-def lookup_of(named: Mapping[str, Sequence[int]]) -> NDArray[np.uint8]:
-    """(256,) class number of each value; those that nobody names, 0 among them, are background."""
-    lookup = np.zeros(256, np.uint8)
-    for number, name in enumerate(name for name in named if name != IGNORE):
-        lookup[list(named[name])] = number
-    lookup[list(named.get(IGNORE, ()))] = IGNORED
-    return lookup
-
-
-def left_out(found: Sequence[Surveyed], unmasked: Literal["negative", "left_out"] | str) -> list[str]:
+def left_out(found: Sequence[Held], unmasked: Literal["negative", "left_out"] | str) -> list[str]:
     """Sentences about images that do not count."""
     partly = sum(not one.complete for one in found)
     bare = sum(one.complete and one.kind is None for one in found)
-    notes = [f"{partly} images are left out: not every mask of theirs could be read."] if partly else []
+    notes = [f"Left out, as not every mask could be read: {images(partly)}."] if partly else []
     if bare and unmasked == "negative":
-        notes.append(f"{bare} images have no mask and count as images without a finding.")
+        notes.append(f"Without a mask, which counts as without a finding: {images(bare)}.")
     elif bare:
-        notes.append(f"{bare} images without a mask are left out.")
+        notes.append(f"Left out, as there is no mask: {images(bare)}.")
     return notes

@@ -17,11 +17,11 @@ from ...data.findings import IGNORED
 BINS = 200
 EDGES = np.arange(1, BINS) / BINS  # the thresholds that may be chosen
 
-Floats = NDArray[np.float32]
+Probabilities = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
-def histograms(truth: NDArray[np.uint8], probabilities: Floats) -> Ints:
+def histograms(truth: NDArray[np.uint8], probabilities: Probabilities) -> Ints:
     """(K - 1, 2, T) how many pixels off and on each class have a probability in each bin.
 
     Args:

@@ -5,8 +5,9 @@ Legend: m images, R bootstrap samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from ...engine.run import RESULT
 from ..classify.bootstrap import Draws
 from .casefile import read_cases
 from .cases import Case
+from .judging import METRIC
 from .measures import figures
 
-LEADING = "mean Dice"
 SHOWN = (
-    LEADING,
+    METRIC,
     "pooled Dice",
     "lesion sensitivity, IoU rule",
     "CPM, IoU rule",
@@ -32,23 +33,23 @@ SHOWN = (
     "negatives with anything said",
     "false components per negative",
 )
-RULES = ("task", "metric", "split", "rules")  # what runs that are compared have in common
+ALIKE = ("task", "metric", "split", "rules")  # what runs that are compared have in common
 
 
 @dataclass(frozen=True)
-class Told:
+class Finished:
     """A run's cases and result.json."""
 
     cases: tuple[Case, ...]  # (m,) by key
     result: Mapping[str, Any]
-    drawn: dict[int, Mapping[str, Floats]] = field(default_factory=dict)  # samples of all figures, by the draws
+    drawn: dict[Hashable, Mapping[str, Floats]] = field(default_factory=dict)  # samples of all figures, by the draws
 
     @property
     def names(self) -> list[str]:
         """Figures that are numbers here."""
         return [name for name, value in self.plain.items() if not np.isnan(value).all()]
 
-    @property
+    @cached_property
     def plain(self) -> Mapping[str, Floats]:
         """(1,) of every figure."""
         return figures(self.cases, np.ones((1, len(self.cases))))
@@ -59,19 +60,19 @@ class Told:
 
     def all_samples(self, draws: Draws, patients: NDArray[np.str_]) -> Mapping[str, Floats]:
         """(R,) of every figure."""
-        which = hash(draws.times.tobytes())
+        which = (*draws.patients.tolist(), draws.times.tobytes())
         if which not in self.drawn:
             parts = [figures(self.cases, weights) for weights in draws.weights(patients)]
             self.drawn[which] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return self.drawn[which]
 
-    def check_beside(self, other: Told) -> None:
+    def check_beside(self, other: Finished) -> None:
         """Refuse a comparison of what is not the same.
 
         Raises:
             UserError: it judged other images, or by other rules.
         """
-        for name in RULES:
+        for name in ALIKE:
             if (here := self.result.get(name)) != (there := other.result.get(name)):
                 raise UserError(f"its {name} is {here!r}, that of the others {there!r}; a sweep compares one task")
         if [case.key for case in self.cases] != [case.key for case in other.cases]:
@@ -82,7 +83,7 @@ class Told:
 class Figure:
     """A run by one figure, as comparison.py wants it."""
 
-    told: Told
+    told: Finished
     name: str
 
     @property
@@ -110,11 +111,11 @@ class Figure:
         return self.told.all_samples(draws, self.patients)[self.name]
 
 
-def read_run(folder: Path) -> Told:
+def read_run(folder: Path) -> Finished:
     """A finished run's figures and cases.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     result = read_json(folder / "result.json", RESULT)
-    return Told(tuple(sorted(read_cases(folder), key=lambda case: case.key)), result)
+    return Finished(tuple(sorted(read_cases(folder), key=lambda case: case.key)), result)

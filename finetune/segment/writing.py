@@ -32,13 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ...data.findings import TOUCHING
 from ...data.geometry import Geometry
 from ...data.image import encode_png
 from ...data.shards import Sample
 from ...engine.errors import UserError, did_you_mean
 from ...engine.files import write_atomic, write_json
 from .dicom_seg import encode_seg
-from .target import TOUCHING
 
 MASK = "miram.mask/1"
 NIFTI, DICOM_SEG = "nifti", "dicom-seg"

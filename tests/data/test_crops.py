@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -337,6 +337,7 @@ def test_tones_change_the_image_and_never_the_mask_or_the_air() -> None:
     st.integers(0, 1000),
     st.sampled_from([None, 33]),
 )
+@example((2000, 10), (64, 40), 398, 33)  # beside the image, turned
 def test_odd_shapes_survive_the_roughest_settings(
     shape: tuple[int, int], size: tuple[int, int], epoch: int, long_side: int | None
 ) -> None:

@@ -31,8 +31,8 @@ Case = tuple[NDArray[Any], NDArray[Any]]
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 films of 12 patients, in train and test."""
+def dozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 films of 12 patients, in train and test: `phantoms` are too few patients for folds here."""
     out = tmp_path_factory.mktemp("nnunet") / "phantoms"
     make_phantoms(out, 12, PhantomSettings(size=96, seed=7), workers=1)
     return out
@@ -100,12 +100,12 @@ def patches(*values: int) -> NDArray[np.uint8]:
     return mask
 
 
-def test_images_and_masks_of_findings_are_there_as_stored(phantoms: Path, tmp_path: Path) -> None:
-    done = export([str(phantoms)], tmp_path / "raw", number=7, name="Phantoms")
+def test_images_and_masks_of_findings_are_there_as_stored(dozen: Path, tmp_path: Path) -> None:
+    done = export([str(dozen)], tmp_path / "raw", number=7, name="Phantoms")
     assert done.folder == tmp_path / "raw" / "Dataset007_Phantoms"
     said, train = checked(done.folder)
     assert said["labels"] == {"background": 0, "lesion": 1}
-    shards = ShardDataset(phantoms)
+    shards = ShardDataset(dozen)
     test = cases(done.folder, "Ts", ".png")
     assert len(train) == done.training == shards.splits.count("train")
     assert len(test) == done.test == shards.splits.count("test")
@@ -119,12 +119,12 @@ def test_images_and_masks_of_findings_are_there_as_stored(phantoms: Path, tmp_pa
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_patient_is_on_two_sides_of_a_fold_and_findings_are_dealt_evenly(
-    phantoms: Path, tmp_path: Path, seed: int
+    dozen: Path, tmp_path: Path, seed: int
 ) -> None:
-    done = export([str(phantoms)], tmp_path, folds=3, seed=seed)
+    done = export([str(dozen)], tmp_path, folds=3, seed=seed)
     _, train = checked(done.folder)
     splits = json.loads((done.folder / "splits_final.json").read_text())
-    patient = {row["key"]: patient_of(row) for row in ShardDataset(phantoms).rows}
+    patient = {row["key"]: patient_of(row) for row in ShardDataset(dozen).rows}
     assert len(splits) == 3
     for fold in splits:
         assert sorted(fold["train"] + fold["val"]) == sorted(train)
@@ -139,17 +139,17 @@ def test_no_patient_is_on_two_sides_of_a_fold_and_findings_are_dealt_evenly(
         assert max(numbers) - min(numbers) <= 1, numbers
 
 
-def test_another_seed_deals_other_folds_and_the_same_one_the_same(phantoms: Path, tmp_path: Path) -> None:
-    done = [export([str(phantoms)], tmp_path / str(i), folds=3, seed=seed) for i, seed in enumerate((0, 0, 5))]
+def test_another_seed_deals_other_folds_and_the_same_one_the_same(dozen: Path, tmp_path: Path) -> None:
+    done = [export([str(dozen)], tmp_path / str(i), folds=3, seed=seed) for i, seed in enumerate((0, 0, 5))]
     one, again, other = ((found.folder / "splits_final.json").read_text() for found in done)
     assert one == again != other
 
 
-def test_a_split_file_says_who_is_tested_and_in_which_fold(phantoms: Path, tmp_path: Path) -> None:
-    shards = ShardDataset(phantoms)
+def test_a_split_file_says_who_is_tested_and_in_which_fold(dozen: Path, tmp_path: Path) -> None:
+    shards = ShardDataset(dozen)
     split = make_split(shards.rows, seed=3, test=0.25, folds=2)
     split.write(tmp_path / "split.json", shards.population)
-    done = export([str(phantoms)], tmp_path / "raw", split_file=tmp_path / "split.json", folds=5)
+    done = export([str(dozen)], tmp_path / "raw", split_file=tmp_path / "split.json", folds=5)
     splits = json.loads((done.folder / "splits_final.json").read_text())
     patient = {row["key"]: patient_of(row) for row in shards.rows}
     assert [{patient[key] for key in fold["val"]} for fold in splits] == [set(fold) for fold in split.folds]
@@ -195,9 +195,9 @@ def test_colour_is_one_file_of_three_channels(tmp_path: Path) -> None:
     assert all(image.shape == (40, 32, 3) for image, _ in train.values())
 
 
-def test_packed_data_sets_give_the_same(phantoms: Path, tmp_path: Path) -> None:
-    derive(str(phantoms), tmp_path / "packed", Size(), packed=True, workers=1)
-    one = checked(export([str(phantoms)], tmp_path / "a").folder)
+def test_packed_data_sets_give_the_same(dozen: Path, tmp_path: Path) -> None:
+    derive(str(dozen), tmp_path / "packed", Size(), packed=True, workers=1)
+    one = checked(export([str(dozen)], tmp_path / "a").folder)
     other = checked(export([str(tmp_path / "packed")], tmp_path / "b").folder)
     assert one[0] == other[0]
     for key, (image, labels) in one[1].items():
@@ -205,7 +205,7 @@ def test_packed_data_sets_give_the_same(phantoms: Path, tmp_path: Path) -> None:
         assert np.array_equal(labels, other[1][key][1])
 
 
-def test_what_does_not_fit_is_refused_and_leaves_nothing(phantoms: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_and_leaves_nothing(dozen: Path, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     for how, said in (
         ({"number": 1000}, "from 1 to 999"),
@@ -214,30 +214,30 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(phantoms: Path, tmp_pat
         ({"classes": {"background": (0,), "mass": (1,)}}, "number findings"),
     ):
         with pytest.raises(UserError, match=said):
-            export([str(phantoms)], raw, **how)  # type: ignore[arg-type]
+            export([str(dozen)], raw, **how)  # type: ignore[arg-type]
     assert not raw.exists() or not list(raw.iterdir())
     shards = shards_of(write_films(tmp_path / "films", {"p0a": patches(3, 4), "p1a": patches(3)}), "classes")
     for named, said in (
-        ({"background": (0,), "fat": (3,)}, "masks hold 4, which --classes leaves out"),
+        ({"background": (0,), "fat": (3,)}, r"--classes: masks hold 4 \(in 1 image\), which no class takes"),
         ({"background": (0,), "ignore": (3, 4)}, "keeps ignore"),
         ({"none": (0,), "background": (3, 4)}, "calls the first class background"),
         ({"background": (3, 4), "fat": (9,)}, "no mask of a training image"),
     ):
         with pytest.raises(UserError, match=said):
             export([str(shards)], raw, classes=named, folds=2)
-    export([str(phantoms)], raw, number=3)
+    export([str(dozen)], raw, number=3)
     with pytest.raises(UserError, match="Dataset003_Lesions is there already"):
-        export([str(phantoms)], raw, number=3, name="Other")
+        export([str(dozen)], raw, number=3, name="Other")
     assert [path.name for path in raw.iterdir()] == ["Dataset003_Lesions"]
 
 
 def test_the_command_says_where_the_folds_belong(
-    phantoms: Path, tmp_path: Path, say: Callable[..., tuple[int, str, str]]
+    dozen: Path, tmp_path: Path, say: Callable[..., tuple[int, str, str]]
 ) -> None:
-    code, out, _ = say("data", "nnunet", phantoms, tmp_path, "--id", 12, "--name", "Ph", "--folds", 2)
+    code, out, _ = say("data", "nnunet", dozen, tmp_path, "--id", 12, "--name", "Ph", "--folds", 2)
     assert code == 0
     assert f"{tmp_path}/Dataset012_Ph holds 24 images to train on, 24 of test patients" in out
     assert "nnUNet_preprocessed/Dataset012_Ph/" in out
-    code, _, error = say("data", "nnunet", phantoms, tmp_path, "--id", 13, "--classes", "a=1,b=1")
+    code, _, error = say("data", "nnunet", dozen, tmp_path, "--id", 13, "--classes", "a=1,b=1")
     assert code == 2
     assert "each value is in one only" in error

@@ -13,6 +13,7 @@ import pytest
 
 STAGE = """
 import atexit, json, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control has it ignored after `&`
 from miram.engine.command import start_stage
 from miram.engine.config import Section
 from miram.engine.errors import exit_code

@@ -50,6 +50,7 @@ def card(shards: ShardDataset | None = None, **changes: Any) -> SegmentCard:
         "mm_per_pixel": None,
         "long_side": None,
         "thresholds": (0.5,),
+        "rasters": (1, 100_000),
         "smallest": 0,
         "overlap": 0.25,
         "flips": (),

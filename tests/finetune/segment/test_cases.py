@@ -263,3 +263,16 @@ def test_hits_candidates_and_lesions_are_those_of_sets_of_pixels() -> None:
             )
             seen += [lesion.hit_iou, not lesion.hit_iou, lesion.hit_point, lesion.missed, bool(case.false_components)]
     assert (seen >= 3).all(), "the random images hold some of everything"
+
+
+def test_of_a_noisy_map_the_most_probable_marks_are_kept() -> None:
+    """Ten thousand of them would cost minutes, and those behind the hundredth of one image could never count."""
+    rng, rules = np.random.default_rng(0), Rules(floor=0.05, most=7)
+    said = np.zeros((60, 60), np.float32)
+    said[::3, ::3] = rng.uniform(0.1, 0.9, (20, 20))
+    truth = np.zeros((60, 60), np.uint8)
+    truth[30, 30] = 1
+    case = score_case("k", "p", 0, None, truth, truth.astype(int), truth, np.stack([1 - said, said]), rules)
+    assert sorted(mark.score for mark in case.candidates) == sorted(np.sort(said.ravel())[-7:].astype(float).tolist())
+    every = score_case("k", "p", 0, None, truth, truth.astype(int), truth, np.stack([1 - said, said]), Rules(most=400))
+    assert len(every.candidates) == 400

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from miram.data.breast import isolate
 from miram.data.crops import Resolution, to_raster
-from miram.data.geometry import Geometry, Size
+from miram.data.geometry import Size
 from miram.data.record import Film
 from miram.data.shards import Sample
 from miram.data.views import Normalisation
@@ -290,8 +290,3 @@ def test_small_components_are_dropped_class_by_class() -> None:
                 expected[tuple(np.transpose(piece))] = 0
         np.testing.assert_array_equal(masked(told, smallest=smallest), expected)
     assert (masked(told, smallest=6) != plain).any()
-
-
-def test_geometry_of_the_whole_film_changes_nothing() -> None:
-    mask = film()[1]
-    np.testing.assert_array_equal(Geometry.whole(*mask.shape).restore(mask), mask)

@@ -22,8 +22,8 @@ from miram.engine.launch import make_accelerator
 from miram.engine.run import STATE
 from miram.engine.signals import StopSignals
 from miram.finetune.classify.locked import read_locked
-from miram.finetune.sealed import CARD, seal, whole_folder
-from miram.finetune.segment.locked import MODEL, SegmentCard, Segmenter, is_segmenter, read_segmenter, write_segmenter
+from miram.finetune.sealed import CARD, SEGMENTER, seal, stage_of, whole_folder
+from miram.finetune.segment.locked import SegmentCard, Segmenter, read_segmenter, write_segmenter
 from miram.finetune.segment.stage import card_for, prepare
 
 NARROW: dict[str, Any] = {"model": "unet", "model_options": {"channels": [8, 8, 16, 16, 16]}, "image_size": [64, 32]}
@@ -279,7 +279,7 @@ def test_a_missing_file_is_named(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"network\.safetensors is missing"):
         read_segmenter(copy)
     with whole_folder(tmp_path / "empty") as part:
-        seal(part, MODEL, card)  # whole by its own account
+        seal(part, SEGMENTER, card)  # whole by its own account
     with pytest.raises(UserError, match=r"empty/network\.safetensors is missing"):
         read_segmenter(tmp_path / "empty")
 
@@ -293,16 +293,16 @@ def test_images_of_other_channels_are_refused(run: Path) -> None:
 def test_what_is_a_segmenter_is_told_from_the_rest_whatever_state_it_is_in(
     copy: Path, classifier: Path, tmp_path: Path
 ) -> None:
-    assert is_segmenter(copy)
-    assert is_segmenter(str(copy / "model"))
+    assert stage_of(copy) == "segment"
+    assert stage_of(str(copy / "model")) == "segment"
     shutil.rmtree(copy / "model")
-    assert is_segmenter(copy), "by its state, which read_segmenter then finds wanting"
+    assert stage_of(copy) == "segment", "by its state, which read_segmenter then finds wanting"
     for other in (classifier, classifier / "model", tmp_path / "nowhere", tmp_path):
-        assert not is_segmenter(other)
+        assert stage_of(other) != "segment"
     for damaged in ("", "{", "[]", "null"):
         (copy / "state.json").write_text(damaged)
-        assert not is_segmenter(copy)
+        assert stage_of(copy) != "segment"
         (copy / CARD).write_text(damaged)
-        assert not is_segmenter(copy)
+        assert stage_of(copy) != "segment"
         (copy / CARD).unlink()
     assert json.loads((classifier / "state.json").read_text())["stage"] == "finetune"

@@ -64,13 +64,20 @@ def test_switches_that_are_not_about_the_count_leave_it_alone() -> None:
 # ------------------------------------------------------------------------------------------ sizes and padding
 
 
-@pytest.mark.parametrize("size", [(224, 224), (256, 256), (512, 512), (320, 192), (97, 301), (1, 5)])
-def test_an_image_of_any_size_gets_logits_of_its_size(size: tuple[int, int]) -> None:
-    for model in (small(), small(windows=3, norm="batch")):
-        with torch.no_grad():
-            out = model(picture(*size))
-        assert out.shape == (1, 2, *size)
-        assert out.isfinite().all()
+@pytest.mark.parametrize(
+    ("size", "windows"),
+    [
+        *(((224, 224), windows) for windows in ("auto", 3)),
+        ((256, 256), "auto"),
+        ((512, 512), "auto"),
+        *((size, windows) for size in ((320, 192), (97, 301), (1, 5)) for windows in ("auto", 3)),
+    ],
+)
+@torch.no_grad()
+def test_an_image_of_any_size_gets_logits_of_its_size(size: tuple[int, int], windows: Any) -> None:
+    out = small(windows=windows, norm="group" if windows == "auto" else "batch")(picture(*size))
+    assert out.shape == (1, 2, *size)
+    assert out.isfinite().all()
 
 
 def test_the_full_model_runs_at_the_size_that_the_release_refuses() -> None:
@@ -149,10 +156,10 @@ def test_a_backward_pass_does_not_keep_what_windows_gather() -> None:
 
 def test_it_learns_to_mark_discs() -> None:
     torch.manual_seed(0)
-    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    centres = torch.randint(12, 52, (24, 2))
-    discs = torch.stack([((rows - i) ** 2 + (columns - j) ** 2 < 64) for i, j in centres.tolist()])
-    x = discs[:, None] + 0.5 * torch.randn(24, 1, 64, 64)
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    centres = torch.randint(6, 26, (24, 2))
+    discs = torch.stack([((rows - i) ** 2 + (columns - j) ** 2 < 25) for i, j in centres.tolist()])
+    x = discs[:, None] + 0.5 * torch.randn(24, 1, 32, 32)
     model = small().train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(40):

@@ -168,13 +168,13 @@ def test_layers_and_the_control_reach_the_taps() -> None:
     ("name", "options", "sentence"),
     [
         ("lihgt", {}, "there is no segmenter 'lihgt'; did you mean 'light'"),
-        ("light", {"widht": 3}, "options of light: widht is not a known key; did you mean 'width'"),
-        ("light", {"width": "wide"}, "options of light: width"),
-        ("light", {"width": {3}}, "options of light: .*plain numbers"),
-        ("linear", {"width": 3}, "options of linear: width is not a known key"),
-        ("unetr", {"layers": [1, 2]}, "options of unetr: layers"),
-        ("unet", {"channels": [1, 2]}, "options of unet: channels"),
-        ("mdsa_unet", {"scale": "none"}, "options of mdsa_unet: scale"),
+        ("light", {"widht": 3}, "segment.model_options of light: widht is not a known key; did you mean 'width'"),
+        ("light", {"width": "wide"}, "segment.model_options of light: width"),
+        ("light", {"width": {3}}, "segment.model_options of light: .*plain numbers"),
+        ("linear", {"width": 3}, "segment.model_options of linear: width is not a known key"),
+        ("unetr", {"layers": [1, 2]}, "segment.model_options of unetr: layers"),
+        ("unet", {"channels": [1, 2]}, "segment.model_options of unet: channels"),
+        ("mdsa_unet", {"scale": "none"}, "segment.model_options of mdsa_unet: scale"),
     ],
 )
 def test_what_no_model_takes_is_refused_in_a_sentence(name: str, options: dict[str, Any], sentence: str) -> None:

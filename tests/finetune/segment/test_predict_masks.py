@@ -284,3 +284,17 @@ def test_films_are_read_one_by_one(
 def test_a_card_says_what_films_must_tell() -> None:
     assert not card().measured
     assert card(mm_per_pixel=0.1).measured
+
+
+def test_films_that_look_much_larger_than_those_of_training_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "film.png"
+    save_png(picture, np.full((90, 60), 99, np.uint8))
+    told = []
+    for rasters in ((80, 100), (70, 400), (10, 40), (200, 300)):
+        segmenter = bright(rasters=rasters)
+        with taken([str(picture)], segmenter.card) as (found, left_out):
+            predict_masks(segmenter, found, left_out, tmp_path / f"masks-{rasters[0]}", out=tmp_path / "found.csv")
+        told.append("of another size" in capsys.readouterr().err)
+    assert told == [False, False, True, True]

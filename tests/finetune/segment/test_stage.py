@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from ranks import on_ranks
-from segments import config, encoder_at, result, run
+from segments import encoder_at, result, run
 
 from miram.data.shards import Sample, ShardDataset
 from miram.engine.errors import UserError
 from miram.engine.run import Run
-from miram.finetune.segment import fits
+from miram.finetune.segment import fits, stage
 from miram.finetune.segment.casefile import read_cases
 from miram.finetune.segment.locked import read_segmenter
+
+FOLDS: dict[str, Any] = {"data": {"split": "train"}, "folds": 2, "threshold": 0.3}
+NARROW: dict[str, Any] = {"model": "unet", "model_options": {"channels": [8, 8, 16, 16, 16]}, "image_size": [64, 32]}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,27 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def official(phantoms: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A light decoder, judged on the official test."""
+    """A light decoder, judged on the official test; of the runs here, the one with pictures."""
     return run(phantoms, tmp_path_factory.mktemp("runs") / "official", encoder)
+
+
+@pytest.fixture(scope="module")
+def folds(phantoms: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two folds of one split's patients, and a last model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "draw_figures", undrawn)
+        return run(phantoms, tmp_path_factory.mktemp("runs") / "folds", encoder, **FOLDS)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no run that is made while a test runs: they take longer than all the rest, and nobody looks at them."""
+    monkeypatch.setattr(stage, "draw_figures", undrawn)
+
+
+def undrawn(*_: Any) -> dict[str, str]:
+    """In place of pictures."""
+    return {}
 
 
 def said(folder: Path) -> dict[str, Any]:
@@ -89,9 +110,8 @@ def test_what_a_run_leaves_is_what_it_says(official: Run) -> None:
     assert json.loads((folder / "state.json").read_text())["status"] == "finished"
     assert content["cost"]["trainable"] < content["cost"]["parameters"]
     assert content["rules"]["iou"] == 0.1
-    assert any(
-        "chosen on 4 held-out images" in note or "held-out images by pooled Dice" in note for note in content["notes"]
-    )
+    (chosen,) = (note for note in content["notes"] if note.startswith("Threshold"))
+    assert " 8 held-out images" in chosen  # of 2 of the 6 patients
     captions = json.loads((folder / "figures" / "captions.json").read_text())
     assert all((folder / "figures" / name).is_file() for name in captions if name.endswith(".png"))
     assert not list(folder.rglob("checkpoints")), "checkpoints of finished trainings are left"
@@ -100,10 +120,8 @@ def test_what_a_run_leaves_is_what_it_says(official: Run) -> None:
 def test_a_finished_run_is_not_run_again(
     official: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from miram.finetune.segment.stage import segment
-
     monkeypatch.setattr(fits.Fits, "fit", None)
-    segment(str(official.folder.with_suffix(".yaml")))
+    stage.segment(str(official.folder.with_suffix(".yaml")))
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
@@ -129,39 +147,25 @@ def test_the_masks_of_judged_images_change_nothing_but_their_scores(
     assert result(other)["value"] != result(official)["value"]
 
 
-def test_folds_judge_everybody_and_the_last_model_knows_everybody(
-    phantoms: Path, encoder: Path, tmp_path: Path
-) -> None:
-    found = run(phantoms, tmp_path / "folds", encoder, data={"split": "train"}, folds=2, threshold=0.3)
+def test_folds_judge_everybody_and_the_last_model_knows_everybody(folds: Run, phantoms: Path) -> None:
     shards = ShardDataset(phantoms, "train")
-    cases = read_cases(found.folder)
+    cases = read_cases(folds.folder)
     assert sorted(case.key for case in cases) == sorted(row["key"] for row in shards.rows)
     by_fold = [{case.patient for case in cases if case.fold == fold} for fold in (0, 1)]
     assert by_fold[0]
     assert by_fold[1]
     assert not by_fold[0] & by_fold[1]
-    assert thresholds(found.folder) == [[0.3]] * 3
-    segmenter = read_segmenter(found.folder)
+    assert thresholds(folds.folder) == [[0.3]] * 3
+    segmenter = read_segmenter(folds.folder)
     assert segmenter.card.trained_on.patients == 6
     assert segmenter.card.trained_on.images == len(shards)
 
 
-@pytest.mark.parametrize(
-    ("changes", "learn"),
-    [
-        ({"model": "unet", "encoder": None, "model_options": {"channels": [8, 8, 16, 16, 16]}}, "all"),
-        ({"method": "lora"}, "some"),
-        ({"control": "zeroed"}, "some"),
-        ({"control": "untrained"}, "some"),
-        ({"model": "linear", "model_options": {}}, "some"),
-    ],
-)
-def test_other_models_and_controls_run_and_come_back_from_disk(
+@pytest.mark.parametrize(("changes", "learn"), [({"encoder": None, **NARROW}, "all"), ({"method": "lora"}, "some")])
+def test_other_models_run_and_come_back_from_disk(
     phantoms: Path, encoder: Path, tmp_path: Path, changes: dict[str, Any], learn: str
 ) -> None:
-    wanted = changes.pop("encoder", encoder)
-    size = {"image_size": [64, 32]} if wanted is None else {}
-    found = run(phantoms, tmp_path / "run", wanted, **size, **changes, train={"steps": 2}, smallest=3)
+    found = run(phantoms, tmp_path / "run", **{"encoder": encoder, **changes}, train={"steps": 2}, smallest=3)
     cost, shards = result(found)["cost"], ShardDataset(phantoms)
     assert (cost["trainable"] == cost["parameters"]) == (learn == "all")
     key, mask = next(iter(said(found.folder).items()))
@@ -198,21 +202,20 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     left: list[int] = []
     case = fits.Fits.case
 
-    def counted(self: fits.Fits, *arguments: Any) -> Any:
+    def counted(self: fits.Fits, *arguments: Any, **named: Any) -> Any:
         if left and (left.append(left.pop() - 1) or left[0] < 0):  # type: ignore[func-returns-value]
             raise Stopped
-        return case(self, *arguments)
+        return case(self, *arguments, **named)
 
     monkeypatch.setattr(fits.Fits, "case", counted)
     return left
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_masks(
-    phantoms: Path, encoder: Path, tmp_path: Path, stops: list[int], capsys: pytest.CaptureFixture[str]
+    folds: Run, phantoms: Path, encoder: Path, tmp_path: Path, stops: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the second fold, while images are judged: neither fold is trained again."""
-    changes: dict[str, Any] = {"data": {"split": "train"}, "folds": 2, "final": False, "threshold": 0.3}
-    whole = run(phantoms, tmp_path / "whole", encoder, **changes)
+    changes: dict[str, Any] = {**FOLDS, "final": False}
     stops.append(14)
     with pytest.raises(Stopped):
         run(phantoms, tmp_path / "stopped", encoder, **changes)
@@ -223,9 +226,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_masks(
     assert "going on from step 4 of 4" in capsys.readouterr().out
     assert (tmp_path / "stopped/fits/outer-0/metrics.jsonl").stat().st_mtime_ns == first
     for name in ("cases.csv", "lesions.csv", "candidates.csv"):
-        assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+        assert (resumed.folder / name).read_bytes() == (folds.folder / name).read_bytes()
     assert {k: v.tolist() for k, v in said(resumed.folder).items()} == {
-        k: v.tolist() for k, v in said(whole.folder).items()
+        k: v.tolist() for k, v in said(folds.folder).items()
     }
 
 
@@ -267,25 +270,16 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_changed_byte_of_a_model_is_refused(official: Run, tmp_path: Path) -> None:
-    files = [path.relative_to(official.folder / "model") for path in (official.folder / "model").rglob("*.*")]
-    assert {str(name) for name in files} >= {"network.safetensors", "adapter/adapter.json", "model.json"}
-    for number, name in enumerate(files):
-        folder = tmp_path / str(number)
-        shutil.copytree(official.folder / "model", folder)
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        (folder / name).write_bytes(content)
-        with pytest.raises(UserError, match="damaged"):
-            read_segmenter(folder)
-
-
-def test_training_learns(phantoms: Path, encoder: Path, tmp_path: Path) -> None:
-    """The loss of a hundred steps on a handful of images falls by a lot."""
-    torch.manual_seed(0)
-    settings = {"steps": 80, "log_every": 10, "blr": 0.2}
-    found = run(phantoms, tmp_path / "run", encoder, method="full", final=False, train=settings, threshold=0.5)
-    lines = [json.loads(line) for line in (found.folder / "fits/outer-0/metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    assert {"loss/pixels", "loss/dice"} <= lines[0].keys()
-    assert config(phantoms, tmp_path, encoder).segment.loss == "ce"
+def test_training_learns(phantoms: Path, tmp_path: Path) -> None:
+    """After 25 steps it marks lesions of unseen patients three times as well as a mask of all tissue would, or more."""
+    settings = {"steps": 25, "blr": 0.3}
+    found = run(phantoms, tmp_path / "run", None, **NARROW, final=False, train=settings)
+    shards, blind = ShardDataset(phantoms, "test"), []
+    for one in (shards[i] for i in range(len(shards))):
+        if one.mask is not None and one.mask.any():
+            lesion, tissue = one.mask > 0, np.asarray(one.pixels) > 0
+            blind.append(2 * (lesion & tissue).sum() / (lesion.sum() + tissue.sum()))
+    assert result(found)["value"] > 3 * float(np.mean(blind))
+    for line in (found.folder / "fits/outer-0/metrics.jsonl").read_text().splitlines():
+        told = json.loads(line)
+        assert told["loss"] == pytest.approx(told["loss/pixels"] + told["loss/dice"], rel=1e-5)

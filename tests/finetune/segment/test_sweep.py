@@ -28,6 +28,7 @@ from miram.engine.run import Run, open_run
 from miram.engine.seeding import generator
 from miram.finetune.classify.bootstrap import Draws
 from miram.finetune.classify.comparison import seed_draws
+from miram.finetune.classify.sweep_table import caveats
 from miram.finetune.segment import stage
 from miram.finetune.segment.casefile import write_cases
 from miram.finetune.segment.cases import Case
@@ -68,7 +69,8 @@ def settings(out: Path, *, models: Mapping[str, Any] | None = None, **changes: A
     """Of a sweep whose runs are made up."""
     section = {"models": models or {"light": {}, "linear": {"model": "linear"}}, "seeds": changes.pop("seeds", [0, 1])}
     against = {"against": changes.pop("against")} if "against" in changes else {}
-    return config(Path("made-up"), out, Path("encoder"), sweep=section | against, seed=3, **changes)
+    size = {"image_size": [64, 32]} | changes
+    return config(Path("made-up"), out, Path("encoder"), sweep=section | against, seed=3, **size)
 
 
 def judge(one: SegmentConfig, patients: int = 14) -> list[Case]:
@@ -165,14 +167,14 @@ def test_options_of_another_model_or_method_do_not_leak_in(tmp_path: Path) -> No
         "again": (wide, lora, "zeroed"),
         "layers": ({"layers": [0, 0, 1, 1]}, lora, "zeroed"),
         "linear": ({}, lora, None),
-        "unet": ({}, lora, None),
+        "unet": ({}, {}, None),
         "full": (wide, {}, "zeroed"),
         "rank 2": (wide, {"rank": 2}, "zeroed"),
     }
 
 
 def test_the_shipped_models_are_fifteen_runs(tmp_path: Path) -> None:
-    cells = list(grid(config(Path("made-up"), tmp_path, Path("encoder"))))
+    cells = list(grid(config(Path("made-up"), tmp_path, Path("encoder"), image_size=[64, 32])))
     assert len({cell.settings.out for cell in cells}) == len(cells) == 15
     of = {cell.model: (cell.settings.segment.model, cell.settings.segment.control) for cell in cells}
     assert of == {
@@ -209,6 +211,7 @@ def test_what_cannot_be_a_sweep_is_said_before_anything_is_written(
     "changes",
     [
         {"classes": {"none": [0], "some": [1]}},
+        {"task": "tissues"},
         {"lesion": "part"},
         {"unmasked": "left_out"},
         {"folds": 3},
@@ -223,6 +226,14 @@ def test_a_model_that_would_be_judged_otherwise_is_refused(changes: dict[str, An
     models = {"light": {}, "other": changes}
     with pytest.raises(UserError, match=rf"other differs in segment\.{next(iter(changes))}, which all models share"):
         list(grid(settings(tmp_path, models=models)))
+
+
+def test_networks_without_an_encoder_see_tiles_of_its_size(phantoms: Path, encoder: Path, tmp_path: Path) -> None:
+    models = {"light": {}, "unet": {"model": "unet", "encoder": None}}
+    asked = config(phantoms, tmp_path, encoder, sweep={"models": models, "seeds": [0]}, drop_path=0.1)
+    light, unet = (cell.settings.segment for cell in grid(asked))
+    assert light.image_size == unet.image_size == (64, 32)
+    assert (light.drop_path, unet.drop_path) == (0.1, 0.0)
 
 
 def test_a_control_of_a_network_without_an_encoder_is_refused(phantoms: Path, tmp_path: Path) -> None:
@@ -501,6 +512,11 @@ def test_the_csv_and_the_result_hold_the_same_numbers(swept: Path) -> None:
     assert difference["value"] == float(rows[1]["difference"])
 
 
+def refuse(constant: str) -> float:
+    """NaN and infinities, which Python reads and JSON does not know."""
+    raise ValueError(f"{constant} is no JSON")
+
+
 def test_a_result_is_read_back_without_damage(swept: Path) -> None:
     """Of the sweep and of a run."""
     for folder in (swept, swept / "cells" / "light" / "seed-0"):
@@ -511,7 +527,7 @@ def test_a_result_is_read_back_without_damage(swept: Path) -> None:
         assert (found.n_images, found.n_patients) == (raw["n_images"], raw["n_patients"])
         assert [table.title for table in found.tables] == [table["title"] for table in raw["tables"]]
         assert any(isinstance(cell, Figure) for row in found.tables[0].rows for cell in row)
-    assert json.loads((swept / "result.json").read_text(), parse_constant=None)["stage"] == "sweep"
+    assert json.loads((swept / "result.json").read_text(), parse_constant=refuse)["stage"] == "sweep"
 
 
 def test_the_notes_say_what_the_figures_are_and_keep_no_interval_of_a_single_run(swept: Path) -> None:
@@ -526,6 +542,35 @@ def test_the_notes_say_what_the_figures_are_and_keep_no_interval_of_a_single_run
         assert words in notes
     assert "trained models and thresholds fixed" not in notes
     assert "parameters learnt" not in notes
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [
+        ([0, 1], ("Of 2 seeds a bootstrap shows about 50% of their variance.", "With few seeds it is too bold")),
+        ([0], ("With one seed, how much another would change is not in them.", "It tells these trained models apart")),
+    ],
+)
+def test_the_notes_warn_of_few_patients_and_few_seeds_and_say_how_low_p_can_be(
+    tmp_path: Path, seeds: list[int], words: Sequence[str]
+) -> None:
+    one = settings(tmp_path / "out", seeds=seeds)
+    notes = " ".join(content(sweep(one, Fake()).folder)["notes"])
+    for said in (
+        *words,
+        "With 14 patients they are too short",
+        "of samples on the rarer side of zero",
+        "at least 0.049,",
+    ):
+        assert said in notes
+    for said in caveats("methods", len(seeds), 40, 14):
+        assert said.replace("methods", "configurations") in notes
+
+
+def test_many_patients_are_not_called_few(tmp_path: Path) -> None:
+    one = settings(tmp_path / "out")
+    notes = " ".join(content(sweep(one, lambda cell: write_run(cell, judge(cell, 60))).folder)["notes"])
+    assert "too short" not in notes
 
 
 def captions(page: str) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from vits import VITS, pictures, small
 from miram.engine.errors import UserError
 from miram.finetune.peft import METHODS, apply
 from miram.finetune.peft.base import learnt
-from miram.finetune.segment.taps import Taps, evenly_spaced, unpooled
+from miram.finetune.segment.taps import Taps, evenly_spaced, trimmed
 
 OPTIONS: dict[str, dict[str, Any]] = {"houlsby": {"dim": 4}, "dvpt": {"num_prompts": 3, "dim": 4, "share_every": 2}}
 KINDS = ("class token", "no class token", "rotary, registers", "not square", "SwiGLU")
@@ -118,13 +118,15 @@ def test_zeroed_maps_are_zeros_in_the_same_graph() -> None:
     assert all(not tensor.grad.any() for tensor in learning)
 
 
+@pytest.mark.parametrize("layers", [None, [0, 1, 1, 1], [0, 0, 0, 0]])
 @pytest.mark.parametrize(
     "how", [{}, {"global_pool": "avg"}, {"global_pool": "map"}, {"global_pool": "avg", "fc_norm": True}]
 )
-def test_all_that_learns_of_an_encoder_has_a_gradient_however_it_pools(how: dict[str, Any]) -> None:
+def test_all_that_learns_of_an_encoder_has_a_gradient_however_it_pools(how: dict[str, Any], layers: Any) -> None:
     """Else DDP stops: what acts behind the maps is read by nobody."""
-    tuned = apply(unpooled(small(**how)), "full")
-    images = torch.randn(1, 1, *tuned.model.patch_embed.img_size)  # type: ignore[union-attr]
-    sum(m.square().sum() for m in Taps(tuned)(images)).backward()  # type: ignore[union-attr]
-    without = [name for name, tensor in learnt(tuned.model) if tensor.grad is None]
-    assert not without
+    whole = Taps(apply(small(depth=3, **how), "full"), layers).eval()
+    tuned = apply(trimmed(small(depth=3, **how), layers), "full")
+    maps = Taps(tuned, layers).eval()(images := torch.randn(1, 1, *small(**how).patch_embed.img_size))  # type: ignore[misc]
+    assert all(torch.equal(here, there) for here, there in zip(maps, whole(images), strict=True))
+    torch.stack([m.square().sum() for m in maps]).sum().backward()
+    assert not [name for name, tensor in learnt(tuned.model) if tensor.grad is None]

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from miram.data.findings import IGNORED
+from miram.data.masks import Held
 from miram.data.shards import Sample, ShardDataset
 from miram.engine.errors import UserError
 from miram.finetune.segment.config import SegmentSection
-from miram.finetune.segment.survey import Surveyed, survey
+from miram.finetune.segment.survey import survey
 from miram.finetune.segment.target import read_target
 
 
@@ -22,7 +23,7 @@ def shards(phantoms: Path) -> ShardDataset:
     return ShardDataset(phantoms)
 
 
-def masks(shards: ShardDataset, first: Sequence[Surveyed], rest: Surveyed) -> list[Surveyed]:
+def masks(shards: ShardDataset, first: Sequence[Held], rest: Held) -> list[Held]:
     return [*first, *[rest] * (len(shards) - len(first))]
 
 
@@ -32,13 +33,14 @@ def sample(mask: Any) -> Sample:
     return Sample("k", np.zeros(shape, np.uint8), 255, {}, mask)
 
 
-FOUND = Surveyed("instances", True, {0: 990, 1: 10})
-CLEAN = Surveyed("instances", True, {0: 100})
-BARE = Surveyed(None, True, {})
+FOUND = Held("instances", True, {0: 990, 1: 10})
+CLEAN = Held("instances", True, {0: 100})
+BARE = Held(None, True, {})
+TISSUE = Held("classes", True, {0: 5, 3: 5})
 
 
 def test_a_lesion_is_a_numbered_finding_or_a_part_where_nothing_is_numbered(shards: ShardDataset) -> None:
-    numbered = Surveyed("instances", True, {0: 90, 1: 5, 2: 5})
+    numbered = Held("instances", True, {0: 90, 1: 5, 2: 5})
     for first, lesion, parts in (
         (FOUND, "auto", True),
         (numbered, "auto", False),
@@ -75,27 +77,26 @@ def test_images_without_a_mask_are_negatives_of_findings_and_left_out_of_classes
     assert asked.task.truth.tolist() == [1] + [0] * (len(shards) - 1)
     asked = read_target(shards, masks(shards, [FOUND, BARE], CLEAN), SegmentSection(unmasked="left_out"))
     assert 1 not in asked.task.chosen
-    assert "1 images without a mask are left out" in asked.notes[0]
-    tissue = Surveyed("classes", True, {0: 5, 3: 5})
-    assert 1 not in read_target(shards, masks(shards, [tissue, BARE], tissue), SegmentSection()).task.chosen
+    assert asked.notes[0] == "Left out, as there is no mask: 1 image."
+    assert 1 not in read_target(shards, masks(shards, [TISSUE, BARE], TISSUE), SegmentSection()).task.chosen
 
 
 def test_an_image_whose_masks_are_incomplete_counts_nowhere(shards: ShardDataset) -> None:
-    partly = Surveyed("instances", False, {0: 50, 1: 50})
+    partly = Held("instances", False, {0: 50, 1: 50})
     asked = read_target(shards, masks(shards, [FOUND, partly], CLEAN), SegmentSection())
     assert 1 not in asked.task.chosen
     assert "not every mask" in asked.notes[0]
 
 
 def test_an_image_that_is_ignored_whole_is_no_negative(shards: ShardDataset) -> None:
-    tissue, unknown = Surveyed("classes", True, {0: 5, 3: 5}), Surveyed("classes", True, {9: 10})
+    unknown = Held("classes", True, {9: 10})
     named = {"none": (0,), "gland": (3,), "ignored": (9,)}
-    asked = read_target(shards, masks(shards, [tissue, unknown], tissue), SegmentSection(classes=named))
+    asked = read_target(shards, masks(shards, [TISSUE, unknown], TISSUE), SegmentSection(classes=named))
     assert 1 not in asked.task.chosen
 
 
 def test_values_become_classes_as_they_are_named(shards: ShardDataset) -> None:
-    found = masks(shards, [], Surveyed("classes", True, {0: 1, 64: 1, 128: 1, 192: 1, 255: 1}))
+    found = masks(shards, [], Held("classes", True, {0: 1, 64: 1, 128: 1, 192: 1, 255: 1}))
     named = {"background": (64,), "adipose": (128,), "gland": (192,), "ignored": (255,)}
     target = read_target(shards, found, SegmentSection(classes=named)).target
     assert target.classes == ("background", "adipose", "gland")
@@ -104,9 +105,9 @@ def test_values_become_classes_as_they_are_named(shards: ShardDataset) -> None:
 
 
 def test_unnamed_values_are_classes_of_their_own_or_refused(shards: ShardDataset) -> None:
-    found = masks(shards, [Surveyed("classes", True, {0: 1, 9: 4})], Surveyed("classes", True, {0: 1, 3: 1}))
+    found = masks(shards, [Held("classes", True, {0: 1, 9: 4})], Held("classes", True, {0: 1, 3: 1}))
     assert read_target(shards, found, SegmentSection()).target.classes == ("background", "3", "9")
-    with pytest.raises(UserError, match=r"masks hold 9 \(in 1 images\), which no class takes"):
+    with pytest.raises(UserError, match=r"masks hold 9 \(in 1 image\), which no class takes"):
         read_target(shards, found, SegmentSection(classes={"none": (0,), "three": (3,)}))
 
 
@@ -114,14 +115,16 @@ def test_unnamed_values_are_classes_of_their_own_or_refused(shards: ShardDataset
     ("first", "rest", "section", "said"),
     [
         (BARE, BARE, {}, "has no masks"),
-        (FOUND, Surveyed("classes", True, {0: 1, 1: 1}), {}, "with one --mask-kind"),
+        (FOUND, Held("classes", True, {0: 1, 1: 1}), {}, "with one --mask-kind"),
         (CLEAN, CLEAN, {}, "nothing to learn"),
         (FOUND, CLEAN, {"classes": {"none": (0,), "lesion": (1,)}}, "these number findings"),
         (FOUND, CLEAN, {"task": "tissues"}, "the masks number findings"),
+        (TISSUE, TISSUE, {"threshold": 0.4}, r"^segment\.threshold=0\.4: tissues .* set segment\.task=lesions"),
+        (TISSUE, TISSUE, {"lesion": "part"}, r"^segment\.lesion=part: tissues .* set segment\.task=lesions"),
     ],
 )
 def test_what_cannot_be_segmented_is_refused(
-    shards: ShardDataset, first: Surveyed, rest: Surveyed, section: dict[str, Any], said: str
+    shards: ShardDataset, first: Held, rest: Held, section: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
         read_target(shards, masks(shards, [first], rest), SegmentSection(**section))
@@ -142,8 +145,8 @@ def test_classes_that_make_no_sense_are_refused(classes: dict[str, tuple[int, ..
 
 
 def test_classes_that_are_rare_are_lesions_and_those_that_fill_the_image_tissues(shards: ShardDataset) -> None:
-    mass = Surveyed("classes", True, {0: 900, 1: 20, 2: 5})
-    found = masks(shards, [mass, BARE], Surveyed("classes", True, {0: 1000}))
+    mass = Held("classes", True, {0: 900, 1: 20, 2: 5})
+    found = masks(shards, [mass, BARE], Held("classes", True, {0: 1000}))
     asked = read_target(shards, found, SegmentSection())
     assert asked.target.lesions
     assert asked.target.parts
@@ -151,7 +154,7 @@ def test_classes_that_are_rare_are_lesions_and_those_that_fill_the_image_tissues
     assert 1 in asked.task.chosen  # nothing was found there
     assert np.array_equal(asked.target.findings(sample([[1, 0, 1], [2, 2, 0]])), [[1, 0, 2], [3, 3, 0]])
     assert not read_target(shards, found, SegmentSection(task="tissues")).target.lesions
-    full = masks(shards, [], Surveyed("classes", True, {0: 500, 1: 500}))
+    full = masks(shards, [], Held("classes", True, {0: 500, 1: 500}))
     assert not read_target(shards, full, SegmentSection()).target.lesions
     assert read_target(shards, full, SegmentSection(task="lesions")).target.lesions
 
