@@ -111,6 +111,8 @@ def all_named(kind: MaskKind, held: Sequence[Held], named: Classes | None, setti
         raise UserError(
             f"{setting}: masks hold {told}, which no class takes; add it to a class, or to {IGNORED_NAME!r}"
         )
+    if len(names_of(named)) > IGNORED:
+        raise UserError(f"{setting}: masks hold {len(names_of(named))} classes, and {IGNORED} are the most; join some")
     return named
 
 

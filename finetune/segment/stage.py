@@ -138,8 +138,8 @@ def prepare(
     bench = Bench(settings, shards, asked, vit, accelerator, signals)
     bench.fresh(0)  # whatever does not fit is found now, and not in a run folder that is then in the way
     bench.check_resolution()
-    for line in said[-1:]:
-        accelerator.print(f"miram: encoder {section.encoder}: {line}")
+    for line in (*(f"encoder {section.encoder}: {line}" for line in said[-1:]), *asked.notes):
+        accelerator.print(f"miram: {line}")
     return bench, splits, name
 
 

@@ -26,6 +26,7 @@ from ..task import Task
 from .config import SegmentSection
 
 RARE = 0.05  # of all pixels: classes other than background that have less are lesions
+COMMON = 0.25  # of all pixels: findings that have more are worth a remark
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Target:
         numbered = np.zeros(sample.pixels.shape[:2], np.int32)
         if sample.mask is None:
             return numbered
+        of = sample.mask if self.kind == "instances" else self.lookup[sample.mask]  # several values may be one class
         count = 0
-        for value in np.unique(sample.mask).tolist():
-            if self.lookup[value] not in (0, IGNORED):
-                here = sample.mask == value
-                parts, found = ndimage.label(here, TOUCHING) if self.parts else (here.astype(np.int32), 1)
-                numbered[here] = parts[here] + count
-                count += found
+        for number in np.setdiff1d(of, (0,) if self.kind == "instances" else (0, IGNORED)).tolist():
+            here = of == number
+            parts, found = ndimage.label(here, TOUCHING) if self.parts else (here.astype(np.int32), 1)
+            numbered[here] = parts[here] + count
+            count += found
         return numbered
 
 
@@ -97,6 +98,11 @@ def read_target(shards: ShardDataset, found: Sequence[Held], section: SegmentSec
     if target.lesions:
         one = "connected part of a mask" if target.parts else "numbered finding of a mask"
         notes.append(f"Lesions are segmented; one is a {one} (segment.task, segment.lesion).")
+        if (share := foreground(found, target.lookup)) > COMMON:
+            notes.append(
+                f"Findings cover {100 * share:.0f} % of all pixels, which lesions do not: if the masks hold classes, "
+                "ingest them with --mask-kind classes; if these are regions cut out around lesions, no figure is of films."
+            )
     return Asked(target, task, keys, tuple(notes))
 
 

@@ -170,7 +170,7 @@ def test_it_learns_to_mark_discs() -> None:
         optimizer.step()
     said = model.eval()(x[16:]).argmax(1).bool()
     dice = 2 * (said & discs[16:]).sum() / (said.sum() + discs[16:].sum())
-    assert dice > 0.8
+    assert dice > 0.7  # a mask of everything has 0.14
 
 
 # ------------------------------------------------------------------------------------------ refusals

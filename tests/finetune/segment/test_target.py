@@ -159,6 +159,27 @@ def test_classes_that_are_rare_are_lesions_and_those_that_fill_the_image_tissues
     assert read_target(shards, full, SegmentSection(task="lesions")).target.lesions
 
 
+def test_parts_of_several_values_of_one_class_that_touch_are_one_lesion(shards: ShardDataset) -> None:
+    found = masks(shards, [Held("classes", True, {0: 990, 1: 5, 2: 5})], Held("classes", True, {0: 1000}))
+    target = read_target(shards, found, SegmentSection(classes={"none": (0,), "mass": (1, 2)})).target
+    assert np.array_equal(target.findings(sample([[1, 2, 0, 2]])), [[1, 1, 0, 2]])
+
+
+def test_more_values_than_there_are_numbers_for_classes_are_refused(shards: ShardDataset) -> None:
+    every = masks(shards, [], Held("classes", True, dict.fromkeys(range(256), 1)))
+    with pytest.raises(UserError, match=r"256 classes, and 255 are the most"):
+        read_target(shards, every, SegmentSection())
+
+
+def test_findings_that_cover_most_of_the_images_are_remarked_upon(shards: ShardDataset) -> None:
+    """Masks of classes that were ingested as findings: each image would be one great lesion."""
+    great = read_target(shards, masks(shards, [], Held("instances", True, {0: 20, 1: 80})), SegmentSection())
+    assert "80 % of all pixels" in great.notes[-1]
+    assert "--mask-kind classes" in great.notes[-1]
+    usual = read_target(shards, masks(shards, [FOUND], CLEAN), SegmentSection())
+    assert not any("of all pixels" in note for note in usual.notes)
+
+
 def test_masks_are_looked_at_once(shards: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = survey(shards, tmp_path)
     for i in (0, 17, 40):
