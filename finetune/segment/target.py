@@ -101,7 +101,7 @@ def read_target(shards: ShardDataset, found: Sequence[Held], section: SegmentSec
         if (share := foreground(found, target.lookup)) > COMMON:
             notes.append(
                 f"Findings cover {100 * share:.0f} % of all pixels, which lesions do not: if the masks hold classes, "
-                "ingest them with --mask-kind classes; if these are regions cut out around lesions, no figure is of films."
+                "ingest them with --mask-kind classes; if these are regions cut out of films, no figure is of films."
             )
     return Asked(target, task, keys, tuple(notes))
 
