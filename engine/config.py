@@ -142,7 +142,8 @@ def read_tree(config: str) -> Tree:
     shipped = resources.files("miram") / "configs" / f"{config}.yaml"
     file = shipped if config in presets() else Path(config)
     if not file.is_file():
-        raise UserError(f"no preset and no file is called {config!r}{did_you_mean(config, presets())}")
+        known = did_you_mean(config, presets()) or f"; presets: {', '.join(presets())}"
+        raise UserError(f"no preset and no file is called {config!r}{known}")
     try:
         text = file.read_bytes().decode()
     except UnicodeDecodeError as error:

@@ -366,3 +366,13 @@ def test_a_turned_finding_out_of_sight_gives_an_empty_mask() -> None:
         assert not found.shown(window).any()
         assert not Window((20.0, 90.0, 20.0, 20.0), (20, 20), 0.0).part(slice(0, 0), slice(0, 9), low).show(mask).any()
         assert not Window((900.0, 0.0, 20.0, 20.0), (20, 20), 0.5).show(mask).any()
+
+
+def test_a_crop_with_a_finding_is_better_than_one_of_air() -> None:
+    """Where findings fill the breast there is no tissue without: air teaches nothing."""
+    pixels = np.zeros((256, 512), np.uint8)
+    pixels[:, :200] = 90
+    mask = (pixels > 0).astype(np.uint8)
+    draw = crops(centred=0.0, augment=OFF.model_copy(update={"tissue": 0.25}))
+    shares = [(drawn(draw, sample(pixels, mask), epoch)[0] > 0).mean() for epoch in range(30)]
+    assert min(shares) >= 0.25

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,6 @@ def test_the_kept_model_says_what_every_rank_said_also_with_running_statistics(
 def test_where_one_rank_cannot_judge_all_stop_and_say_so(
     phantoms: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     read = fits.read_image
 
     def broken(*arguments: Any) -> Any:
@@ -68,3 +68,16 @@ def test_where_one_rank_cannot_judge_all_stop_and_say_so(
     assert all(isinstance(one, RunFailed | UserError) for one in ended), ended
     assert "no finite numbers" in str(ended[1])
     assert "another rank cannot go on" in str(ended[0])
+
+
+def test_what_a_kill_left_of_a_finished_fit_is_removed(phantoms: Path, encoder: Path, tmp_path: Path) -> None:
+    """Between its last word and the removal of what it needs no longer: checkpoints are gigabytes."""
+    changes: dict[str, Any] = {"data": {"split": "train"}, "folds": 2, "final": False, "threshold": 0.5}
+    folder = run(phantoms, tmp_path / "run", encoder, train={"steps": 1}, **changes).folder
+    left = [folder / "fits/outer-0" / name for name in ("checkpoints", "judged-1")]
+    for one in left:
+        one.mkdir()
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"status": "failed"}))
+    run(phantoms, tmp_path / "run", encoder, train={"steps": 1}, **changes)
+    assert not [one for one in left if one.exists()]
