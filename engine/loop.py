@@ -293,7 +293,7 @@ class Trainer:
         rng = torch.get_rng_state()[None].to(self.accelerator.device)
         parts = {
             "model": dict(self.objective.state_dict()),
-            "optimizer": restore.optimizer_tensors(self.objective, self.learner.adam),
+            "optimizer": restore.optimizer_tensors(self.objective, self.learner.optimizer),
             "rng": {"torch": self.accelerator.gather(rng)},
         }
         return parts | ({"ema": self.learner.averages} if self.learner.averages else {})
@@ -326,7 +326,7 @@ class Trainer:
         path = self.run.checkpoints / f"step-{step:08d}"
         state, learner = restore.read_state(path), self.learner
         restore.load_model(path, self.objective)
-        restore.load_optimizer(path, self.objective, learner.adam)
+        restore.load_optimizer(path, self.objective, learner.optimizer)
         if learner.averages:
             restore.load_into(path, "ema", learner.averages)
         self.step = self.saved_step = step

@@ -1,4 +1,4 @@
-"""Adam in groups: matrices decay, vectors do not, and each encoder block may learn at a rate of its own."""
+"""Adam or SGD in groups: matrices decay, vectors do not, and each encoder block may learn at a rate of its own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .objective import Objective
 from .recipe import TrainSection
 
 
-def adam(objective: Objective, section: TrainSection) -> torch.optim.Adam:
-    """Fused AdamW, or Adam, over what is trainable, made after the objective is moved or sharded; its rate starts at 0.
+def make_optimizer(objective: Objective, section: TrainSection) -> torch.optim.Optimizer:
+    """A fused optimizer over what is trainable, made after the objective is moved or sharded; its rate starts at 0.
 
     Parameters of two or more dimensions decay, learned tokens and positions among them; vectors and biases do not
     (MAE's pretraining, with timm's `param_groups_weight_decay`). With `layer_decay`, a parameter learns at
@@ -28,6 +28,8 @@ def adam(objective: Objective, section: TrainSection) -> torch.optim.Adam:
         {"params": groups[scale, decays], "lr_scale": scale, "weight_decay": section.weight_decay * decays}
         for scale, decays in sorted(groups, reverse=True)
     ]
+    if section.optimizer == "sgd":
+        return torch.optim.SGD(options, lr=0.0, fused=True)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[section.optimizer]
     return kind(options, lr=0.0, betas=section.betas, fused=True)
 

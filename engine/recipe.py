@@ -38,8 +38,8 @@ class TrainSection(Section):
     """last share of the steps, in which a constant schedule falls linearly"""
     lr_floor: Share = 0.0
     """share of the peak that the learning rate ends at"""
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    """adam adds the decay to the gradient (L2), as recipes before AdamW did"""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adam adds the decay to the gradient (L2), as recipes before AdamW did; sgd has no momentum"""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     """learning rate of each encoder block as a share of the block's above it; null: all alike"""
     weight_decay: float = Field(default=0.05, ge=0)

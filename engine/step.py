@@ -23,7 +23,7 @@ from .launch import strategy
 from .loss_scale import LossScale
 from .noise import per_sample
 from .objective import Batch, Objective
-from .optim import adam, set_lr
+from .optim import make_optimizer, set_lr
 from .parallel import without_sync, wrap
 from .recipe import TrainSection, split_batch
 from .schedule import learning_rate, scaled_lr
@@ -81,7 +81,7 @@ class Learner:
         self.noise = per_sample(objective)
         self.strategy = strategy(section.parallel, self.world)
         self.model = wrap(objective, accelerator, self.strategy, section.compile)
-        self.adam = adam(objective, section)  # of the parameters as they are after wrapping
+        self.optimizer = make_optimizer(objective, section)  # of the parameters as they are after wrapping
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.ema = Ema(objective, section.ema) if section.ema else None
         self.loss_scale = LossScale(self.device, enabled=section.precision == "fp16")
@@ -148,10 +148,10 @@ class Learner:
         norm = whole(norm)
         overflowed = ~norm.isfinite()
         self.broken = self.broken | bad | (overflowed & (self.loss_scale.scale <= 1))
-        cast(Any, self.adam).found_inf = (self.broken | overflowed).float()
-        set_lr(self.adam, self.lr(step))
-        self.adam.step()
-        self.adam.zero_grad()
+        cast(Any, self.optimizer).found_inf = (self.broken | overflowed).float()
+        set_lr(self.optimizer, self.lr(step))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.loss_scale.update(overflowed)
         if self.ema:
             self.ema.update(step)

@@ -23,6 +23,7 @@ from ..engine.files import read_json, write_atomic
 from ..engine.metrics import Estimate, chance
 from ..engine.run import RESULT, Run, open_run
 from ..pretrain.weights.loading import encoder_digest
+from .classify.bootstrap import cell
 from .config import Method, ProbeConfig
 from .figures import CAPTION, draw_probe
 from .seen import seen
@@ -88,6 +89,7 @@ def write_result(run: Run, trial: Trial, probed: list[Probed]) -> None:
             "classes": {name: int((task.truth[judged] == k).sum()) for k, name in enumerate(task.classes)},
             "rows": list(rows(trial, probed)),
             "differences": list(differences(trial, probed)),
+            "tables": list(tables(trial, probed)),
             "notes": notes(trial, task.chosen[judged].tolist()),
             "encoders": [{"name": p.encoder.name, "encoder": p.encoder.source, "keys": p.keys} for p in encoders],
         }
@@ -137,6 +139,32 @@ def differences(trial: Trial, probed: list[Probed]) -> Iterator[dict[str, object
             gap = Estimate.of(first.value - mean_of(group).value, samples)
             name = f"{prefix}{first.encoder.name} - {name}"
             yield {"name": name, "value": gap.value, "interval": gap.interval}
+
+
+def tables(trial: Trial, probed: list[Probed]) -> Iterator[dict[str, object]]:
+    """For each method with encoders beside the first: their size, and the share of its figure that they keep."""
+    metric, by_chance = trial.task.metric, chance(trial.task.metric, len(trial.task.classes))
+    for prefix, (first, *beside), _ in by_method(trial, probed):
+        if not beside:
+            continue
+        found = [
+            [p.encoder.name, p.parameters, cell(p.estimate), cell(share(p, first)), cell(share(p, first, by_chance))]
+            for p in (first, *beside)
+        ]
+        yield {
+            "title": f"{prefix}share of the first encoder's figure",
+            "columns": ["encoder", "parameters", metric, "share", "share above chance"],
+            "rows": found,
+            "note": f"On the same images and bootstrap samples of patients; chance is {by_chance:.3g}.",
+        }
+
+
+def share(of: Probed, first: Probed, by_chance: float = 0.0) -> Estimate:
+    """What part of the first encoder's figure, or of what it has above chance, another one has."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = (np.r_[of.value, of.samples] - by_chance) / (np.r_[first.value, first.samples] - by_chance)
+    shares = np.where(np.isfinite(shares), shares, np.nan)
+    return Estimate.of(float(shares[0]), shares[1:])
 
 
 def mean_of(probed: list[Probed]) -> Estimate:

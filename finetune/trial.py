@@ -50,6 +50,7 @@ class Probed:
     samples: Floats
     folds: list[float]
     keys: list[str]  # what became of every key of the encoder's file
+    parameters: int  # of the encoder
 
     @property
     def estimate(self) -> Estimate:
@@ -136,7 +137,8 @@ class Trial:
             truth = self.task.truth[judgement.images]
             samples = bootstrap_scores(self.task.metric, truth, judgement.probabilities, self.weights, judgement.fold)
             value = score(self.task.metric, truth, judgement.probabilities, groups=judgement.fold)
-            yield Probed(method, encoder, judgement, value, samples, fold_scores(self.task, judgement), keys)
+            folds, parameters = fold_scores(self.task, judgement), sum(p.numel() for p in vit.parameters())
+            yield Probed(method, encoder, judgement, value, samples, folds, keys, parameters)
 
 
 def suited(section: ProbeSection, vit: Encoder) -> ProbeSection:

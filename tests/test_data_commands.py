@@ -153,7 +153,7 @@ def test_a_patient_on_both_sides_is_refused_by_every_stage(archive: Path, tmp_pa
         (["split", "{src}"], "manifest.json"),
         (["audit", "{src}x"], "is not there"),
         (["verify", "ftp://host/set"], "no place of data"),
-        (["verify", "http://127.0.0.1:9/set"], "127.0.0.1:9"),
+        pytest.param(["verify", "http://127.0.0.1:9/set"], "127.0.0.1:9", marks=pytest.mark.slow),  # it tries again
     ],
 )
 def test_what_is_wrong_is_one_sentence(

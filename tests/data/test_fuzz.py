@@ -39,7 +39,7 @@ SENTINEL = "SOMETHING-RAN"
 SLOW, HANGS = 30.0, 60  # seconds a case may take, and after which its process is ended
 MEMORY = 2 * 2**30  # bytes beyond what the process has taken before its first case
 KINDS = {"dicom": 1500, "png": 1500, "tar": 1000, "csv": 1000}
-QUICK = {"dicom": 300, "png": 400, "tar": 250, "csv": 400}
+QUICK = {"dicom": 150, "png": 200, "tar": 120, "csv": 200}
 
 
 class Runs:

@@ -16,6 +16,7 @@ from miram.engine.config import Section, check, dump_yaml, keys, load, parse_ove
 from miram.engine.errors import UserError
 from miram.finetune.classify.config import FinetuneConfig
 from miram.finetune.config import ProbeConfig
+from miram.finetune.distill.config import DistillConfig
 from miram.finetune.segment.config import SegmentConfig
 from miram.paper.config import PaperConfig
 from miram.pretrain.config import PretrainConfig
@@ -25,6 +26,7 @@ STAGES: dict[str, type[Section]] = {
     "probe": ProbeConfig,
     "finetune": FinetuneConfig,
     "segment": SegmentConfig,
+    "distill": DistillConfig,
     "paper": PaperConfig,
 }
 

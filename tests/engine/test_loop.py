@@ -228,7 +228,7 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
 def test_clipping_bounds_what_is_applied_and_logs_the_norm_before(tmp_path: Path) -> None:
     one = trainer(tmp_path, Line(), clip_grad=1e-3)
     applied: list[float] = []
-    one.learner.adam.register_step_pre_hook(lambda *_: applied.append(gradient_norm(one.objective)))
+    one.learner.optimizer.register_step_pre_hook(lambda *_: applied.append(gradient_norm(one.objective)))
     one.fit()
     assert applied == pytest.approx([1e-3] * STEPS, rel=1e-2)
     assert min(line["grad_norm"] for line in losses(tmp_path)) > 0.1

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from miram.engine.loss_scale import LossScale
 from miram.engine.objective import Objective
-from miram.engine.optim import adam, set_lr
+from miram.engine.optim import make_optimizer, set_lr
 from miram.engine.recipe import TrainSection
 
 
@@ -81,7 +81,7 @@ def learn(objective: nn.Module, optimizer: torch.optim.Optimizer, lrs: list[floa
 
 def test_without_layer_decay_matrices_and_vectors_are_the_two_groups() -> None:
     objective = Tower()
-    groups = adam(objective, section()).param_groups
+    groups = make_optimizer(objective, section()).param_groups
     assert [names(objective, group) for group in groups] == [
         ["token", "blocks.0.weight", "blocks.1.weight", "head.weight"],
         ["blocks.0.bias", "blocks.1.bias", "norm.weight", "norm.bias"],
@@ -100,7 +100,7 @@ def test_training_gives_the_bits_of_two_plain_groups(kind: type[Tower], layer_de
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     expected = learn(plain, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True))
-    found = learn(ours, adam(ours, section(layer_decay=layer_decay)))
+    found = learn(ours, make_optimizer(ours, section(layer_decay=layer_decay)))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -113,9 +113,9 @@ def test_adam_adds_the_decay_to_the_gradient() -> None:
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     expected = learn(plain, torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), fused=True))
-    found = learn(ours, adam(ours, section(optimizer="adam")))
+    found = learn(ours, make_optimizer(ours, section(optimizer="adam")))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    decoupled = learn(other, adam(other, section()))
+    decoupled = learn(other, make_optimizer(other, section()))
     assert not torch.equal(found["head.weight"], decoupled["head.weight"])
 
 
@@ -124,7 +124,7 @@ def test_what_decays_is_what_decays_in_timm() -> None:
     theirs = {
         id(p): group["weight_decay"] for group in param_groups_weight_decay(objective, 0.3) for p in group["params"]
     }
-    for group in adam(objective, section(layer_decay=0.5)).param_groups:
+    for group in make_optimizer(objective, section(layer_decay=0.5)).param_groups:
         assert all(group["weight_decay"] == theirs.pop(id(p)) for p in group["params"])
     assert not theirs
 
@@ -133,7 +133,7 @@ def test_what_is_frozen_is_in_no_group() -> None:
     objective = Tower()
     objective.token.requires_grad_(False)
     objective.blocks[1].requires_grad_(False)
-    groups = adam(objective, section(layer_decay=0.5)).param_groups
+    groups = make_optimizer(objective, section(layer_decay=0.5)).param_groups
     assert sorted(name for group in groups for name in names(objective, group)) == sorted(
         ["blocks.0.weight", "blocks.0.bias", "head.weight", "norm.weight", "norm.bias"]
     )
@@ -147,7 +147,7 @@ SCALES = {"token": 0.125, "blocks.0": 0.25, "blocks.1": 0.5, "head": 1.0, "norm"
 def test_first_step_moves_each_parameter_by_its_share_of_the_rate() -> None:
     """Adam's first step is lr * sign(gradient) but for epsilon."""
     before, after = Tower(), Tower()
-    optimizer = adam(after, section(layer_decay=0.5, weight_decay=0.0))
+    optimizer = make_optimizer(after, section(layer_decay=0.5, weight_decay=0.0))
     after({"x": torch.randn(2, 4, 3)}).sum().backward()
     signs = {name: p.grad.sign() for name, p in after.named_parameters() if p.grad is not None}
     set_lr(optimizer, 0.01)
@@ -160,7 +160,7 @@ def test_first_step_moves_each_parameter_by_its_share_of_the_rate() -> None:
 
 
 def test_set_lr_gives_each_group_its_share_as_a_number() -> None:
-    optimizer = adam(Tower(), section(layer_decay=0.5))
+    optimizer = make_optimizer(Tower(), section(layer_decay=0.5))
     set_lr(optimizer, 0.08)
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == pytest.approx([0.08, 0.08, 0.04, 0.04, 0.02, 0.02, 0.01])
@@ -175,7 +175,7 @@ def test_distance_of_a_parameter_that_does_not_exist_is_a_mistake() -> None:
             return {"blocks.7.weight": 1}
 
     with pytest.raises(AssertionError):
-        adam(Mistaken(), section(layer_decay=0.5))
+        make_optimizer(Mistaken(), section(layer_decay=0.5))
 
 
 # ---------------------------------------------------------------------------------------------- shards
@@ -183,7 +183,7 @@ def test_distance_of_a_parameter_that_does_not_exist_is_a_mistake() -> None:
 
 def scaled_steps(objective: nn.Module, enabled: bool) -> dict[str, Tensor]:
     """Weights after four steps with layer-wise decay and a scaled loss, the third of them skipped by the flag."""
-    optimizer, loss_scale = adam(objective, section(layer_decay=0.5)), LossScale("cpu", enabled)  # type: ignore[arg-type]
+    optimizer, loss_scale = make_optimizer(objective, section(layer_decay=0.5)), LossScale("cpu", enabled)  # type: ignore[arg-type]
     for step in range(4):
         torch.manual_seed(step)
         (objective({"x": torch.randn(2, 4, 3)}).sum() * loss_scale.scale).backward()
@@ -214,3 +214,26 @@ def test_sharded_scaled_training_is_that_of_the_whole_to_the_bit() -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_sgd_is_the_gradient_times_the_rate() -> None:
+    objective = Tower()
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    optimizer = make_optimizer(objective, section(optimizer="sgd", weight_decay=0.0))
+    set_lr(optimizer, 0.1)
+    objective({"x": torch.randn(4, 3)}).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    optimizer.step()
+    for name, p in objective.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * gradients[name])
+
+
+def test_sgd_leaves_everything_where_the_guard_says_so() -> None:
+    objective = Tower()
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    optimizer = make_optimizer(objective, section(optimizer="sgd"))
+    set_lr(optimizer, 0.1)
+    objective({"x": torch.randn(4, 3)}).sum().backward()
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in objective.named_parameters())

@@ -314,6 +314,23 @@ def test_the_same_encoder_beside_itself_differs_by_exactly_nothing(full: Path) -
     assert any(low < high for low, high in others)
 
 
+def test_a_share_is_of_the_first_encoders_figure_in_every_bootstrap_sample(full: Path) -> None:
+    result = json.loads((full / "result.json").read_text())
+    values = {row["name"]: row["value"] for row in result["rows"]}
+    assert [table["title"] for table in result["tables"]] == [
+        f"{method}: share of the first encoder's figure" for method in ("linear", "sweep", "knn", "attentive")
+    ]
+    for table in result["tables"]:
+        method = table["title"].partition(":")[0]
+        first, copy, other = table["rows"]
+        assert [row[0] for row in (first, copy, other)] == ["pretrained", "copy", "no_token"]
+        assert copy[3] == copy[4] == {"value": 1, "interval": [1, 1]}
+        assert first[1] == copy[1] != other[1]
+        one, beside = values[f"{method}: pretrained encoder"], values[f"{method}: no_token"]
+        assert other[3]["value"] == pytest.approx(beside / one)
+        assert other[4]["value"] == pytest.approx((beside - 0.5) / (one - 0.5))
+
+
 def test_predictions_of_every_method_give_its_figure(full: Path) -> None:
     result = json.loads((full / "result.json").read_text())
     values = {row["name"]: row["value"] for row in result["rows"]}

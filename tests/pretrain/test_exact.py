@@ -78,7 +78,7 @@ def split(arguments: list[str], world: int, workers: int) -> list[str]:
     return [*arguments, f"--train.micro_batch={4 // world}", f"--data.workers={workers}"]
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_run_killed_at_four_places_in_turn_ends_in_the_same_bytes(
     world: int, workers: int, full: list[str], tmp_path: Path
 ) -> None:
@@ -210,9 +210,7 @@ WAYS = [(1, 4), (1, 2), (1, 1), (2, 4), (2, 1)]
 @pytest.mark.parametrize(
     ("loss", "world", "micro_batch"),
     [
-        pytest.param(
-            loss, *way, marks=() if (loss, way) in [("tissue", (1, 1)), ("tiles", (2, 1))] else pytest.mark.slow
-        )
+        pytest.param(loss, *way, marks=() if (loss, way) == ("tiles", (2, 1)) else pytest.mark.slow)
         for loss in ("tissue", "tiles")
         for way in WAYS
     ],

@@ -403,6 +403,7 @@ def test_two_leave_at_once(settings: list[str], calm: dict[int, Path], tmp_path:
     assert_same_end(tmp_path, calm[1])
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_reaches_both_ranks_and_is_a_checkpoint(
     settings: list[str], calm: dict[int, Path], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import timm
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from miram.engine.optim import adam
+from miram.engine.optim import make_optimizer
 from miram.engine.recipe import TrainSection
 from miram.pretrain.config import MocoSection, ScaleSection
 from miram.pretrain.encoder import Encoder, build_encoder, card_for
@@ -63,13 +63,13 @@ def test_of_miram_the_encoder_alone_is_away_from_the_losses() -> None:
     scales = [ScaleSection(scale=s, depth=1, width=32, heads=2, attention="softmax") for s in (1, 2)]
     objective = Miram(encoder(), scales)
     assert far(objective, objective.distances()) == {"encoder"}
-    groups = adam(objective, TrainSection(steps=1, layer_decay=0.5)).param_groups
+    groups = make_optimizer(objective, TrainSection(steps=1, layer_decay=0.5)).param_groups
     assert [group["lr_scale"] for group in groups] == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625, 0.0625]
 
 
 def test_of_moco_the_encoder_alone_is_away_from_the_losses_and_no_slow_copy_learns() -> None:
     objective = MocoV3(encoder(), MocoSection(hidden=8, dim=4))
     assert far(objective, objective.distances()) == {"encoder"}
-    optimizer = adam(objective, TrainSection(steps=1, layer_decay=0.5))
+    optimizer = make_optimizer(objective, TrainSection(steps=1, layer_decay=0.5))
     learnt = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not any(id(p) in learnt for name, p in objective.named_parameters() if name.startswith("momentum_"))

@@ -27,7 +27,7 @@ from miram.engine.errors import UserError
 from miram.engine.launch import make_accelerator
 from miram.engine.loop import Trainer
 from miram.engine.objective import Batch
-from miram.engine.optim import adam
+from miram.engine.optim import make_optimizer
 from miram.engine.recipe import TrainSection
 from miram.engine.run import Run
 from miram.pretrain.build import build_objective
@@ -296,7 +296,7 @@ def test_the_slow_copy_is_the_average_its_recursion_says() -> None:
 
 def learn(model: MocoV3, steps: int) -> torch.optim.Optimizer:
     """As the engine does."""
-    optimizer = adam(model, TrainSection(steps=steps, weight_decay=0.1))
+    optimizer = make_optimizer(model, TrainSection(steps=steps, weight_decay=0.1))
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     for step in range(steps):

@@ -181,7 +181,7 @@ MEASURE = """
 import ctypes, gc, json, sys
 import torch
 from miram.engine.config import load
-from miram.engine.optim import adam
+from miram.engine.optim import make_optimizer
 from miram.pretrain.build import build_objective
 from miram.pretrain.config import PretrainConfig
 from miram.pretrain.encoder import card_for
@@ -204,7 +204,7 @@ def step(images):
 settings = load(PretrainConfig, sys.argv[1], [])
 images, m = settings.train.batch_size, settings.model
 model, _ = build_objective(settings, card_for(m.encoder, m.size, {"in_chans": 1, **m.encoder_options}))
-optimizer = adam(model, settings.train)
+optimizer = make_optimizer(model, settings.train)
 step(1)
 step(2)
 idle = resident()

@@ -70,7 +70,7 @@ def lying(way: str) -> Spoil:
         tensors = dict(trainer.objective.named_parameters()) | learner.averages
         tensors |= {
             f"{name} of {number}": value
-            for number, state in enumerate(learner.adam.state.values())
+            for number, state in enumerate(learner.optimizer.state.values())
             for name, value in state.items()
             if name != "step"
         }

@@ -107,6 +107,7 @@ def test_tokens_on_the_cpu_are_refused_when_they_come(monkeypatch: pytest.Monkey
         module(tokens())
 
 
+@pytest.mark.slow
 @without_cuda
 def test_trying_xformers_out_prints_nothing() -> None:
     """As on a machine with a GPU and a torch that xformers was not built for: it logs warnings when imported."""

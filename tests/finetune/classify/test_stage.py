@@ -226,7 +226,7 @@ def test_settings_that_contradict_each_other_are_refused(
         settings(folder, phantoms, train, **options)
 
 
-@pytest.mark.parametrize("where", ["write_locked", "draw_figures"])
+@pytest.mark.parametrize("where", ["write_locked", pytest.param("draw_figures", marks=pytest.mark.slow)])
 def test_a_run_that_dies_between_its_model_and_its_figures_goes_on(
     where: str, folder: Path, phantoms: Path, tmp_path: Path
 ) -> None:
