@@ -77,6 +77,32 @@ def segment(context: typer.Context) -> None:
     start("miram segment", context.args)
 
 
+@app.command(context_settings=STAGE, add_help_option=False)
+def distill(context: typer.Context) -> None:
+    """Train a small model to do as a large one does: CONFIG --section.key=value …; --help lists keys."""
+    from .finetune.distill.__main__ import start
+
+    start("miram distill", context.args)
+
+
+@app.command(context_settings=STAGE, add_help_option=False)
+def federate(context: typer.Context) -> None:
+    """Tune on sites whose images stay where they are: CONFIG --section.key=value …; --flower for real sites."""
+    from .finetune.federate.__main__ import start
+
+    start("miram federate", context.args)
+
+
+@app.command(context_settings=STAGE | {"help_option_names": []})
+def flower(
+    context: typer.Context, program: Annotated[str, typer.Argument(help="superlink, supernode or flwr.")] = ""
+) -> None:
+    """Flower's own programs, without telemetry: superlink (server), supernode (site), flwr (run, ls, log, stop)."""
+    from .finetune.federate.flower import launch
+
+    launch([program, *context.args])
+
+
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="Run of `miram finetune` or `miram segment`.")],
@@ -182,6 +208,35 @@ def convert(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run of any stage that trains, its model's folder, or an encoder.")],
+    to: Annotated[str, typer.Option(help="timm, hf, onnx or int8.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to make; default: RUN/export/FORMAT.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Where the encoder lies, if it was moved.")] = None,
+    merge_tokens: Annotated[
+        str | None, typer.Option(help="Of onnx: tokens merged a block (8), or their share (0.1).")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(min=0, help="Most that the leading figure may fall by, for int8 and merged tokens.")
+    ] = 0.01,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Labelled data set to measure it on; default: the run's own test.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of that data set.")] = None,
+    task: Annotated[str | None, typer.Option(help="Label of it; of an encoder, what a probe predicts.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 64,
+) -> None:
+    """A finished model in another format, checked against itself, with a card: timm, hf, onnx or int8."""
+    from .finetune.export.stage import export as stage
+    from .finetune.export.stage import merging
+
+    stage(
+        run, to, out, encoder=encoder, merge_tokens=merging(merge_tokens), margin=margin, data=data, split=split,
+        task=task, batch_size=batch_size,
+    )  # fmt: skip
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the first run.")] = None,
@@ -200,6 +255,8 @@ def config(
     from .engine.config import Section, dump_yaml, load, read_tree
     from .finetune.classify.config import FinetuneConfig
     from .finetune.config import ProbeConfig
+    from .finetune.distill.config import DistillConfig
+    from .finetune.federate.config import FederateConfig
     from .finetune.segment.config import SegmentConfig
     from .paper.config import PaperConfig
     from .pretrain.config import PretrainConfig
@@ -207,6 +264,8 @@ def config(
     kinds: dict[str, type[Section]] = {
         "pretrain": PaperConfig,
         "probe": ProbeConfig,
+        "distill": DistillConfig,
+        "federate": FederateConfig,
         "finetune": FinetuneConfig,
         "segment": SegmentConfig,
     }

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from ..data.augment import TwoViews
 from ..data.opening import open_shards
 from ..data.shards import ShardDataset
-from ..data.stream import EpochStream
+from ..data.stream import EpochStream, ViewDataset
 from ..data.views import MultiScaleViews
 from ..engine.config import load
 from ..engine.errors import RunFailed
@@ -29,7 +29,7 @@ from ..engine.signals import StopSignals
 from ..engine.trackers import require_installed, shareable
 from .build import PretrainObjective, build_objective, build_views, encoder_card
 from .config import PretrainConfig
-from .encoder import EncoderCard, save_encoder
+from .encoder import Encoder, EncoderCard, save_encoder
 from .moco_v3 import refuse_accumulation
 from .monitors import Monitors
 from .rehearsal import advice, rehearse
@@ -50,35 +50,81 @@ def pretrain(
         Preempted: stopped on a signal with a checkpoint on disk.
         RunFailed: the loss became infinite or not a number, memory ran out, or the disk is full.
     """
-    settings = load(PretrainConfig, config, arguments)
+    return follow(Course(load(PretrainConfig, config, arguments)), dry_run=dry_run, signals=signals)
+
+
+class Course:
+    """What a pretraining is made of; another stage that trains an encoder overrides what differs."""
+
+    stage = "pretrain"
+
+    def __init__(self, settings: PretrainConfig):
+        self.settings = settings
+
+    def check(self, accelerator: Accelerator) -> None:
+        """Refuse what this many ranks cannot do."""
+        if self.settings.objective == "moco_v3":
+            refuse_accumulation(self.settings.train, accelerator.num_processes)
+
+    def card(self, shards: ShardDataset) -> EncoderCard:
+        """What the encoder will say of itself."""
+        return encoder_card(self.settings, shards)
+
+    def build(self, card: EncoderCard) -> tuple[Objective, list[str]]:
+        """What learns, with its `encoder`, and lines on where its weights come from."""
+        return build_objective(self.settings, card)
+
+    def views(self, card: EncoderCard, objective: Objective) -> MultiScaleViews | TwoViews:
+        """What it is shown of an image."""
+        return build_views(self.settings, card, cast(PretrainObjective, objective))
+
+    def monitors(self, objective: Objective, data: ViewDataset, run: Run) -> Monitors:
+        """What is looked at on the way."""
+        return Monitors(self.settings, objective, data, run)
+
+    def inputs(self, shards: ShardDataset) -> Mapping[str, str]:
+        """Digests of what a run reads, which must be the same when it is taken up again."""
+        return shards.inputs | ({"init": encoder_digest(self.settings.init)} if self.settings.init else {})
+
+    def rehearse(self, trainer: Trainer) -> None:
+        """A step that leaves nothing, and what it cost."""
+        rehearse(self.settings, trainer)
+
+    def advice(self, accelerator: Accelerator) -> str:
+        """What would have fitted into memory."""
+        return advice(self.settings, accelerator)
+
+
+def follow(course: Course, *, dry_run: bool = False, signals: StopSignals | None = None) -> Run:
+    """Train an encoder from its first step, or from where its run folder has got to; see `pretrain`."""
+    settings = course.settings
     require_installed(settings.train.trackers)
     accelerator = make_accelerator(settings.train.deterministic)
-    if settings.objective == "moco_v3":
-        refuse_accumulation(settings.train, accelerator.num_processes)
+    course.check(accelerator)
     shards = open_shards(settings.data)
-    card = encoder_card(settings, shards)
-    objective, said = build_objective(settings, card)
-    views = build_views(settings, card, objective)
+    card = course.card(shards)
+    objective, said = course.build(card)
+    views = course.views(card, objective)
     skip = settings.data.on_damage == "skip"
     stream = EpochStream(shards, views, settings.train.batch_size, settings.seed, settings.data.workers, skip=skip)
-    run = Run(Path(settings.out), "pretrain")
+    run = Run(Path(settings.out), course.stage)
     twin = Twin(objective, accelerator, needed=needs_twin(settings.train, accelerator))
-    monitors = Monitors(settings, cast(Objective, twin.model), stream.dataset, run)
+    monitors = course.monitors(cast(Objective, twin.model), stream.dataset, run)
     told = shareable(settings.model_dump())
     trainer = Trainer(run, objective, stream, settings.train, settings.seed, accelerator, monitors, twin, told, signals)
 
     def begin() -> None:
         if accelerator.is_main_process:
             # The first thing written: all that can be refused has been.
-            open_run(settings, settings.out, "pretrain", inputs(settings, shards), writes=not dry_run)
+            open_run(settings, settings.out, course.stage, course.inputs(shards), writes=not dry_run)
             tell(said, views, shards, accelerator)
 
     together(accelerator, begin)
-    with advising(settings, accelerator):
+    with advising(course, accelerator):
         if run.finished:
             accelerator.print(f"{run.folder} is finished; nothing to do")
         elif dry_run:
-            rehearse(settings, trainer)
+            course.rehearse(trainer)
         else:
             train(trainer, card)
     accelerator.end_training()
@@ -92,13 +138,13 @@ def train(trainer: Trainer, card: EncoderCard) -> None:
         trainer.fit()
         if accelerator.is_main_process:
             trained = replace(card, provenance={**card.provenance, "steps": trainer.step})
-            save_encoder(run.folder, cast(PretrainObjective, trainer.twin.model).encoder, trained)
+            save_encoder(run.folder, cast(Encoder, trainer.twin.model.encoder), trained)
     accelerator.wait_for_everyone()
     accelerator.print(f"encoder: {run.folder / 'encoder.safetensors'}")
 
 
 @contextmanager
-def advising(settings: PretrainConfig, accelerator: Accelerator) -> Iterator[None]:
+def advising(course: Course, accelerator: Accelerator) -> Iterator[None]:
     """Where memory runs out, say what would fit.
 
     Raises:
@@ -108,12 +154,7 @@ def advising(settings: PretrainConfig, accelerator: Accelerator) -> Iterator[Non
         yield
     except OutOfMemory as error:
         print(f"miram: {error}; counting what would fit …", file=sys.stderr, flush=True)
-        raise RunFailed(f"{error}; {advice(settings, accelerator)}") from error
-
-
-def inputs(settings: PretrainConfig, shards: ShardDataset) -> Mapping[str, str]:
-    """Digests of what a run reads, which must be the same when it is taken up again."""
-    return shards.inputs | ({"init": encoder_digest(settings.init)} if settings.init else {})
+        raise RunFailed(f"{error}; {course.advice(accelerator)}") from error
 
 
 def tell(

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.metrics import Ints
+from ...engine.metrics import Ints, headline
+from ..seen import seen
 from .bench import Approach, Bench
+from .judged import Judged
 from .search import UNDECIDED, Nested
 
 HOT = 10.0  # a temperature beyond makes probabilities of hardly anything
@@ -49,6 +51,36 @@ def notes(bench: Bench, approach: Approach[Any], parts: Sequence[Ints], found: S
     if len(parts) > 1 and section.final:
         who = "all patients" if section.fraction == 1 else f"{share} of all patients"
         yield f"RUN/model was trained on {who} by the same procedure, whose worth the folds tell."
+
+
+def taught(bench: Bench, judged: Judged, parts: Sequence[Ints]) -> Iterator[str]:
+    """Of the teacher, if there is one: which, how well it does what the student does, and what it knew.
+
+    Args:
+        bench: the run.
+        judged: by the students.
+        parts: of each outer fold the images whose labels were used.
+    """
+    teacher, section, labelled = bench.teacher, bench.section, bench.labelled
+    if teacher is None:
+        return
+    card, metric = teacher.locked.card, headline(labelled.target.kind)
+    found = teacher.figure(bench.shards, judged, section, bench.settings.seed)
+    value = "no figure" if found is None else f"{found.value:.3f} [{found.interval[0]:.3f}, {found.interval[1]:.3f}]"
+    yield (
+        f"Taught by model {teacher.locked.digest[:16]} ({card.method}, task {card.target.name}) with weight "
+        f"{teacher.weight:g} and temperature {teacher.temperature:g}: it has {metric} by {section.headline} {value} on "
+        "the same judged images, none of whose patients it learnt from, as far as hashed ids tell."
+    )
+    used = np.unique(labelled.patients[np.concatenate(parts)])
+    if known := len(np.intersect1d(used, teacher.acquainted(labelled))):
+        yield (
+            f"The teacher learnt from {known} of the {len(used)} patients whose labels were used: what was chosen on "
+            "them (rate, temperature, thresholds) was chosen with its help; the judged images are apart."
+        )
+    judges = [int(row) for row in bench.rows(judged.images)]
+    encoder = (section.teacher and section.teacher.encoder) or card.encoder
+    yield seen(bench.shards, bench.settings.data, encoder, judges, "The teacher's pretraining", "The teacher's encoder")
 
 
 def cost(found: Sequence[Nested]) -> dict[str, Any]:

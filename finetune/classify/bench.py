@@ -20,6 +20,7 @@ from ...pretrain.encoder import Encoder, normalisation
 from .config import FinetuneConfig, FinetuneSection
 from .labels import Labelled
 from .reading import frame_logits
+from .teacher import Teacher
 
 Model = TypeVar("Model")
 
@@ -35,6 +36,7 @@ class Bench:
     accelerator: Accelerator
     signals: StopSignals
     cache: Path  # folder of features that are computed once
+    teacher: Teacher | None = None
 
     @property
     def section(self) -> FinetuneSection:

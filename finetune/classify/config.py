@@ -72,6 +72,19 @@ class SearchSection(Section):
         return lrs
 
 
+class TeacherSection(Section):
+    """A tuned classifier whose answers are learnt from, beside the labels."""
+
+    run: str
+    """finished run of `miram finetune`, or its model folder; same task, none of the judged patients"""
+    encoder: str | None = None
+    """where its encoder now lies, if it was moved"""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """of its answers in the loss; the labels have the rest"""
+    temperature: PositiveFloat = 2.0
+    """that both answers are softened by"""
+
+
 class FinetuneSection(Section):
     """What is tuned, for which task, and how it is judged."""
 
@@ -103,6 +116,8 @@ class FinetuneSection(Section):
     """alpha of mixup; off, as lesions do not mix"""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """largest rate of stochastic depth, growing with the block"""
+    teacher: TeacherSection | None = None
+    """a tuned model to learn from, too: logit distillation"""
     keep: Literal["last", "best"] = "last"
     """weights after the last step, or those of the best of ten looks at validation"""
     readout: ReadoutSection = ReadoutSection()
@@ -161,6 +176,8 @@ class FinetuneConfig(Section):
             raise ValueError("finetune.input: tiles are read by finetune.method=attention_mil")
         if section.method == "attention_mil" and section.input != "tiles":
             raise ValueError("finetune.method: attention_mil reads finetune.input=tiles")
+        if section.teacher and section.method in ("probe", "attention_mil"):
+            raise ValueError(f"finetune.teacher: {section.method} learns from labels alone; take a tuning method")
         if section.keep == "best" and section.search.folds > 1:
             raise ValueError("finetune.keep: best needs finetune.search.folds=1: a held-out part says which is best")
         if self.train.blr != TrainSection.model_fields["blr"].default:

@@ -21,6 +21,7 @@ from ...pretrain.encoder import Encoder
 from ...pretrain.layers import distances
 from ..peft.base import Tuned
 from .targets import Target
+from .teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,37 @@ class Classify(Objective):
         weights: (k,) of classes; None: all alike.
         smoothing: of labels.
         mixup: alpha of mixup (Zhang et al. 2018), 0 for none; partners are those of a micro-batch, in reverse.
+        teacher: whose answers to the same views are learnt, too; a second loss.
     """
 
-    loss_names = ("class",)
-    loss_weights = (1.0,)
-
     def __init__(
-        self, tuned: Tuned, target: Target, weights: Tensor | None = None, smoothing: float = 0.0, mixup: float = 0.0
+        self,
+        tuned: Tuned,
+        target: Target,
+        weights: Tensor | None = None,
+        smoothing: float = 0.0,
+        mixup: float = 0.0,
+        teacher: Teacher | None = None,
     ):
         super().__init__()
+        self.loss_names = ("class", "teacher") if teacher else ("class",)
+        self.loss_weights = (1 - teacher.weight, teacher.weight) if teacher else (1.0,)
+        self.teacher = teacher  # no module: it is in no checkpoint, optimiser or group of ranks
         self.tuned, self.target, self.smoothing, self.mixup = tuned, target, smoothing, mixup
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """`image` (B, C, H, W) and `truth` (B,) or (B, k) -> (1,) sum of the images' losses."""
+        """`image` (B, C, H, W) and `truth` (B,) or (B, k) -> (1,) or (2,) sums of the images' losses."""
         images, truth = batch["image"], batch["truth"]
-        if not self.mixup:
-            return self.losses(images, truth).sum().reshape(1)
-        share = torch.distributions.Beta(self.mixup, self.mixup).sample().to(images)
-        logits = self.tuned(share * images + (1 - share) * images.flip(0))
-        mixed = share * self.loss(logits, truth) + (1 - share) * self.loss(logits, truth.flip(0))
-        return mixed.sum().reshape(1)
-
-    def losses(self, images: Tensor, truth: Tensor) -> Tensor:
-        """(B,) of images with their labels."""
-        return self.loss(self.tuned(images), truth)
+        if self.mixup:
+            share = torch.distributions.Beta(self.mixup, self.mixup).sample().to(images)
+            images = share * images + (1 - share) * images.flip(0)
+        logits = self.tuned(images)
+        told = self.loss(logits, truth)
+        if self.mixup:
+            told = share * told + (1 - share) * self.loss(logits, truth.flip(0))
+        losses = [told] if self.teacher is None else [told, self.teacher.losses(logits, images)]
+        return torch.stack(losses).sum(1)
 
     def loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         """(B, w) logits and their labels -> (B,), in fp32 or finer whatever autocast says."""
@@ -78,9 +85,9 @@ class Classify(Objective):
             return self.target.loss(logits, truth, weights, self.smoothing)
 
     def counts(self, batch: Batch) -> Tensor:
-        """(1,) images."""
+        """(1,) or (2,) images."""
         images = batch["image"]
-        return torch.full((1,), len(images), dtype=torch.float32, device=images.device)
+        return torch.full((len(self.loss_names),), len(images), dtype=torch.float32, device=images.device)
 
     def distances(self) -> dict[str, int]:
         """Of the encoder's parameters from the head, for methods that leave the encoder's names as they are."""

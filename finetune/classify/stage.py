@@ -40,7 +40,7 @@ from ..peft import METHODS
 from ..peft.registry import describe
 from ..seen import seen
 from ..task import Fold
-from .account import cost, notes, search_table
+from .account import cost, notes, search_table, taught
 from .bench import Approach, Bench
 from .cards import card_for
 from .config import FinetuneConfig
@@ -56,6 +56,7 @@ from .probing import Probing
 from .search import Nested, Search
 from .subgroups import check_subgroups
 from .sweep import sweep
+from .teacher import read_teacher, teacher_digest
 from .telling import say
 from .tiles import spacings
 from .tiling import Tiling
@@ -109,7 +110,9 @@ def run_one(settings: FinetuneConfig, accelerator: Accelerator, signals: StopSig
 
 def inputs_of(settings: FinetuneConfig) -> dict[str, str]:
     """Digests of what a run reads."""
-    return open_shards(settings.data).inputs | {"encoder": encoder_digest(settings.finetune.encoder)}
+    section = settings.finetune
+    taught = {"teacher": teacher_digest(section.teacher)} if section.teacher else {}
+    return open_shards(settings.data).inputs | {"encoder": encoder_digest(section.encoder)} | taught
 
 
 def prepare(
@@ -132,7 +135,9 @@ def prepare(
     check_subgroups(shards.rows, section.subgroups)
     if section.input == "tiles":
         spacings(shards, section.tiles)
-    bench = Bench(settings, shards, labelled, vit, accelerator, signals, cache)
+    judged = np.concatenate([rest for _, rest in splits])
+    teacher = read_teacher(section, shards, labelled, judged, vit) if section.teacher else None
+    bench = Bench(settings, shards, labelled, vit, accelerator, signals, cache, teacher)
     approach = approach_of(bench)
     if isinstance(approach, Tuning):
         approach.fresh(0)  # whatever does not fit is found now, and not in a run folder that is then in the way
@@ -236,7 +241,7 @@ class Stage:
             base, normalise = describe(bench.encoder), normalisation(bench.encoder)
             chosen = nested.temperature, nested.thresholds
             card = card_for(bench.section, bench.labelled, self.everybody, bench.shards, base, normalise, *chosen)
-            write_locked(self.folder, card, nested.model)
+            write_locked(self.folder, bench.teacher.known_to(card) if bench.teacher else card, nested.model)
         bench.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------------------------ telling
@@ -252,6 +257,7 @@ class Stage:
         saw = seen(bench.shards, bench.settings.data, bench.section.encoder, judges)
         parts = [self.labelled_part(fit, number) for number, (fit, _) in enumerate(self.splits)]
         content["notes"] = [saw, *content["notes"], *notes(bench, approach_of(bench), parts, found)]
+        content["notes"] += taught(bench, judged, parts)
         write_predictions(run.folder / "predictions.csv", judged, bench.section.separator)
         write_atomic(run.folder / "search.csv", search_table(found))
         figures = run.folder / "figures"

@@ -84,13 +84,16 @@ class Target:
 
     def class_weights(self, truth: Ints) -> Tensor:
         """(k,) weights under which every class counts alike; of a label: negatives a positive, at most 100."""
+        several = self.kind == "multilabel"
+        counts = truth.sum(0) if several else np.bincount(truth, minlength=len(self.classes))
+        return self.weights_of(torch.from_numpy(counts), len(truth))
+
+    def weights_of(self, counts: Tensor, n: int) -> Tensor:
+        """The same of n images, from (k,) how many are of each class or have each label."""
+        present = counts.double().clamp(min=1)  # a class may be missing from a fold
         if self.kind == "multilabel":
-            positive = truth.sum(0)
-            weights = np.minimum((len(truth) - positive) / np.maximum(positive, 1), LARGEST_WEIGHT)
-        else:
-            counts = np.bincount(truth, minlength=len(self.classes))
-            weights = len(truth) / (len(self.classes) * np.maximum(counts, 1))  # a class may be missing from a fold
-        return torch.from_numpy(weights).float()
+            return ((n - counts) / present).clamp(max=LARGEST_WEIGHT).float()
+        return (n / (len(self.classes) * present)).float()
 
 
 def corn_loss(logits: Tensor, truth: Tensor, smoothing: float = 0.0) -> Tensor:

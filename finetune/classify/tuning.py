@@ -114,7 +114,7 @@ class Tuning:
         weights = labelled.target.class_weights(labelled.truth[images]) if section.balance == "weights" else None
         tuned = self.fresh(seed)
         tuned.head = self.head(images).to(next(tuned.model.parameters()))
-        return Classify(tuned, labelled.target, weights, section.smoothing, section.mixup)
+        return Classify(tuned, labelled.target, weights, section.smoothing, section.mixup, self.bench.teacher)
 
     def head(self, images: Ints) -> StandardisedLinear:
         """Over features as the frozen encoder has them; from logistic regression on them (LP-FT, Kumar et al. 2022),

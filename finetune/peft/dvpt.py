@@ -35,7 +35,8 @@ class Aggregate(nn.Module):
         x = F.gelu(self.down(stream))
         ends = self.prefix, self.prefix + self.prompts
         prefix, prompts, patches = x.tensor_split(ends, dim=1)
-        found = F.scaled_dot_product_attention(prompts, patches, patches, scale=x.shape[-1] ** -0.5)
+        q, kv = prompts[:, None], patches[:, None]  # of one head: ONNX has no attention without that dimension
+        found = F.scaled_dot_product_attention(q, kv, kv, scale=x.shape[-1] ** -0.5)[:, 0]
         out: Tensor = self.gate * self.up(torch.cat([prefix, found, patches], dim=1))
         return out
 
@@ -56,7 +57,7 @@ class Dynamic(Prompted):
 
     def enter(self, i: int, entered: Tensor, left: Tensor) -> Tensor:
         """Prompts with their positions at the first block, then what the block before made of them."""
-        return left if i else (self.prompts + self.positions).expand(len(left), -1, -1)
+        return left if i else (self.prompts + self.positions).expand(left.shape[0], -1, -1)
 
 
 class DVPT(Method):

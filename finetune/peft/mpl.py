@@ -29,7 +29,7 @@ class Modular(Prompted):
         if i >= len(self.prompts):
             return left
         carried = left[:, : max(left.shape[1] - self.remove, 0)]
-        return torch.cat([carried, self.prompts[i].expand(len(left), -1, -1)], dim=1)
+        return torch.cat([carried, self.prompts[i].expand(left.shape[0], -1, -1)], dim=1)
 
 
 class MPL(Method):

@@ -151,7 +151,7 @@ class Shallow(Prompted):
 
     def fresh(self, prompts: Tensor, left: Tensor) -> Tensor:
         """Prompts (p, D) for every sample of a batch: (B, p, D)."""
-        dropped: Tensor = self.dropout(prompts.expand(len(left), -1, -1))
+        dropped: Tensor = self.dropout(prompts.expand(left.shape[0], -1, -1))
         return dropped
 
 

@@ -186,7 +186,8 @@ def nearest(Q: Tensor, K: Tensor, topk: int, own: bool) -> Tensor:
         q, k = (F.normalize(x.mean(2, dtype=torch.float32), dim=-1) for x in (Q, K))
         score = q @ k.mT
     if own:
-        score.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        itself = torch.eye(score.shape[-1], dtype=torch.bool, device=score.device)
+        score = score.masked_fill(itself, torch.inf)  # not in place on the diagonal, which ONNX cannot say
     return score.topk(min(topk, score.shape[-1])).indices
 
 

@@ -1,0 +1,1 @@
+"""Distillation: a small encoder that learns from a large one."""

@@ -1,0 +1,1 @@
+"""Export: what a run made, in the formats of others, each checked against it."""

@@ -1,0 +1,250 @@
+"""What an exported folder says of itself, to people and to programs.
+
+OUT/README.md      front matter as model hubs read it, then words: release, use, input, data, parity, limits
+OUT/export.json    {"schema", "miram", "format", "kind", "files": {NAME: sha256}, "source": {"digest", "method",
+                   "provenance"}, "parity": {"largest_difference", "tolerance", "inputs", …} or null, "accuracy": {…} or
+                   null, "data": [{"dataset", "licence", "terms", "used_for"}], "release", "intended_use", "limits",
+                   "image_size", "channels", "mean", "std", "classes", "outputs", "temperature", "thresholds", …}
+
+Neither holds a path, a host, or a patient: not even hashes of patients, which model.json has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...engine.files import sha256, write_atomic, write_json
+from ...version import __version__
+from .licences import FORBIDDEN, RESTRICTED, UNSTATED, forbids, terms_of
+from .parity import Parity, Written
+from .source import Source
+
+EXPORT = "miram.export/1"
+CARD, README = "export.json", "README.md"
+
+PURPOSE = {
+    "encoder": "Research on images like those it learnt from: features for probes, tuning and retrieval.",
+    "classifier": "Research on images like those it learnt from: it tells {task} as {classes}.",
+    "segmenter": "Research on images like those it learnt from: it outlines {classes}.",
+}
+NO_DEVICE = "It is not a medical device: no decision about a patient may rest on it."
+PROBABILITIES = {
+    "binary": "softmax(logits / temperature)",
+    "multiclass": "softmax(logits / temperature)",
+    "multilabel": "sigmoid(logits / temperature), each output a question of its own",
+    "ordinal": "p(above class j) = product over i <= j of sigmoid(logit_i / temperature)",
+}
+LIMITS = (
+    "Other scanners, vendors, populations and ways of making pixels of films than those of its training change what it "
+    "says; measure it on images of your own first.",
+    "How certain it is was not measured on films that are damaged, of another view or of another modality.",
+)
+
+
+# ---------------------------------------------------------------------------------------------- terms of the data
+
+
+def release_of(source: Source) -> str:
+    """One sentence on whether the weights may be passed on; the strictest of the data decides."""
+    terms = {terms_of(licence): None for licence in source.licences}
+    names = ", ".join(dict.fromkeys(x["dataset"] for x in source.licences if terms_of(x) == RESTRICTED))
+    if FORBIDDEN in terms:
+        return (
+            "DO NOT RELEASE. These weights learnt from EMBED, whose Research Use Agreement (clause 5) forbids to "
+            "release models, weights or embeddings trained on any of it without written permission of Emory University "
+            "School of Medicine."
+        )
+    if RESTRICTED in terms:
+        return f"Restricted. These weights learnt from data for non-commercial research, or less ({names})."
+    if UNSTATED in terms or not terms:
+        return "Not known. The licence of some of the data is unknown; find out before you pass these weights on."
+    return "The licences of the data that are known bind no weights; whoever releases them chooses theirs."
+
+
+def front_matter(source: Source, form: str) -> str:
+    """YAML as model hubs read it; the licence is never guessed to be freer than the data's."""
+    terms = {terms_of(licence) for licence in source.licences}
+    bound = FORBIDDEN in terms, RESTRICTED in terms
+    licence = {"license": "other", "license_name": "no-release" if bound[0] else "terms-of-the-data"}
+    library = {"timm": "timm", "hf": "transformers"}.get(form, "onnx" if form.startswith("onnx") else form)
+    task = {
+        "encoder": "image-feature-extraction",
+        "classifier": "image-classification",
+        "segmenter": "image-segmentation",
+    }
+    content = {
+        **(licence if any(bound) else {"license": "unknown"}),
+        "library_name": library,
+        "pipeline_tag": task[source.kind],
+        "tags": ["mammography", "medical", "research-only", "miram"],
+        "datasets": list(dict.fromkeys(x["dataset"] for x in source.licences if x["dataset"] != "unknown")),
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------------------------------------- what both files say
+
+
+def public(tree: Any) -> Any:
+    """Provenance without what names a place: where a start or a teacher lay, and what its file was called."""
+    if isinstance(tree, Mapping):
+        return {key: public(value) for key, value in tree.items() if key not in ("from", "file") or known(value)}
+    return [public(item) for item in tree] if isinstance(tree, list | tuple) else tree
+
+
+def known(name: Any) -> bool:
+    """Whether it is a name that all the world uses."""
+    return str(name).partition(":")[0] in ("timm", "random") and not re.search(r"[/\\]", str(name))
+
+
+def content_of(
+    folder: Path, source: Source, form: str, written: Written, parity: Parity | None, accuracy: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What export.json says, but for the schema and the digest of README.md."""
+    same = ("image_size", "channels", "mean", "std", "classes", "outputs", "kind_of_task", "task", "temperature")
+    return {
+        "miram": __version__,
+        "format": form,
+        "kind": source.kind,
+        "files": {name: sha256(folder / name) for name in sorted(written.files)},
+        "release": release_of(source),
+        "intended_use": intended_use(source),
+        "limits": list(LIMITS),
+        "source": {"digest": source.digest, "method": source.method, "provenance": public(source.provenance)},
+        "data": [{**licence, "terms": terms_of(licence)} for licence in source.licences],
+        "trained_on": source.trained_on,
+        **{name: getattr(source, name) for name in same},
+        "thresholds": source.thresholds,
+        "reading": source.reading,
+        "parity": None if parity is None else asdict(parity),
+        "accuracy": None if accuracy is None else dict(accuracy),
+        "notes": [*source.notes, *written.notes],
+        **written.facts,
+    }
+
+
+def intended_use(source: Source) -> str:
+    """What it is for, and what not."""
+    said = PURPOSE[source.kind].format(task=source.task, classes=", ".join(source.classes))
+    return f"{said} {NO_DEVICE}"
+
+
+def write_card(
+    folder: Path,
+    source: Source,
+    form: str,
+    written: Written,
+    parity: Parity | None,
+    accuracy: Mapping[str, Any] | None = None,
+    said: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write README.md and export.json beside the files.
+
+    Args:
+        folder: where they are.
+        source: what was exported.
+        form: timm, hf, onnx or int8.
+        written: what the exporter says of it.
+        parity: what was measured; None: nothing could be run.
+        accuracy: what the change does to the task, for export.json; None: it was not measured.
+        said: the same in sentences.
+
+    Returns:
+        What export.json says.
+    """
+    content = content_of(folder, source, form, written, parity, accuracy)
+    write_atomic(folder / README, readme(source, form, content, written, said))
+    content["files"][README] = sha256(folder / README)
+    write_json(folder / CARD, EXPORT, content)
+    return content
+
+
+# ---------------------------------------------------------------------------------------------- in words
+
+
+def readme(source: Source, form: str, content: Mapping[str, Any], written: Written, said: Sequence[str]) -> str:
+    """README.md."""
+    title = {"encoder": "Image encoder", "classifier": f"Classifier: {source.task}", "segmenter": "Segmentation model"}
+    usage = ["```python", written.usage.strip(), "```"] if written.usage else []
+    sections = {
+        "Release": [content["release"]],
+        "Intended use": [content["intended_use"]],
+        "Use": usage,
+        "Input": input_lines(source),
+        "Output": output_lines(source),
+        "Data": data_lines(source),
+        "Does it compute the same": [*parity_lines(content["parity"]), *said],
+        "Notes": [f"- {note}" for note in content["notes"]],
+        "Limits": [f"- {limit}" for limit in content["limits"]],
+    }
+    body = (["", f"## {name}", "", *lines] for name, lines in sections.items() if lines)
+    head = ["---", front_matter(source, form).strip(), "---", "", f"# {title[source.kind]} ({form})"]
+    ban = ["", f"**{content['release']}**"] if any(map(forbids, source.licences)) else []
+    made = ["", f"Written by miram {__version__} from weights {source.digest[:16]}; export.json has every figure."]
+    return "\n".join([*head, *ban, *made, *(line for lines in body for line in lines)]) + "\n"
+
+
+def input_lines(source: Source) -> Iterator[str]:
+    """What the network takes."""
+    height, width = source.image_size
+    mean, std = (", ".join(f"{x:.6g}" for x in values) for values in (source.mean, source.std))
+    yield f"- float32 of shape (batch, {source.channels}, {height}, {width}), height before width."
+    yield "- Pixels as fractions of the largest value that their format allows (4095 of 12 bits), black air, then"
+    yield f"  (pixel - mean) / std with mean {mean} and std {std}, channel by channel."
+    if source.reading:
+        yield f"- As it was read in training: {spelled(source.reading)}."
+
+
+def spelled(reading: Mapping[str, Any]) -> str:
+    """Settings in one line."""
+    return "; ".join(f"{name} {value}" for name, value in reading.items() if value not in (None, (), []))
+
+
+def output_lines(source: Source) -> Iterator[str]:
+    """What the network gives."""
+    if source.kind == "encoder":
+        yield "Features, before any classifier. Masked autoencoders are often best read by the mean of their patch"
+        yield "tokens."
+    elif source.kind == "segmenter":
+        yield f"Logits (batch, {len(source.classes)}, height, width) of {', '.join(source.classes)}: softmax over"
+        yield "the classes gives probabilities of pixels."
+    else:
+        yield f"Logits (batch, {len(source.outputs)}): {', '.join(source.outputs)}. Probabilities are"
+        yield f"{PROBABILITIES.get(source.kind_of_task, 'softmax(logits)')}, temperature {source.temperature:.6g}."
+    for level, thresholds in source.thresholds.items():
+        if thresholds:
+            yield f"- Yes from probability {', '.join(f'{t:.6g}' for t in thresholds)} on, {level} by {level}."
+
+
+def data_lines(source: Source) -> Iterator[str]:
+    """A table of data sets and licences."""
+    yield "| data set | used for | licence | what that means for weights |"
+    yield "|---|---|---|---|"
+    for x in source.licences or [{"dataset": "none", "used_for": "nothing", "licence": "none"}]:
+        terms = terms_of(x) if source.licences else "never trained"
+        yield f"| {cell(x['dataset'])} | {cell(x['used_for'])} | {cell(x['licence'])} | {cell(terms)} |"
+    if source.trained_on:
+        yield ""
+        yield f"Tuned on {source.trained_on['images']} images of {source.trained_on['patients']} patients."
+
+
+def cell(text: str) -> str:
+    """Text that no table takes for its own."""
+    return " ".join(text.replace("|", "/").split())
+
+
+def parity_lines(parity: Mapping[str, Any] | None) -> Iterator[str]:
+    """What was compared, and how far it was off."""
+    if parity is None:
+        yield "It was not run here."
+        return
+    allowed = "" if parity["tolerance"] is None else f" ({parity['tolerance']:.3g} would have been allowed)"
+    yield f"Largest difference of an output from the source's: {parity['largest_difference']:.3g}{allowed}."
+    inputs = "; ".join(f"{name} ({count})" for name, count in parity["inputs"].items())
+    yield f"Outputs reach {parity['largest_output']:.3g}. Compared on {inputs}."

@@ -1,0 +1,1 @@
+"""Federated tuning: sites share what learns, never images."""

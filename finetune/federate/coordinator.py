@@ -1,0 +1,114 @@
+"""The server's part with real sites: it needs neither images, nor the encoder, nor a GPU.
+
+    PLACE/config.yaml                 the plan
+    PLACE/federation.safetensors      the state after every closed round (server.py)
+    PLACE/metrics.jsonl               one line a round
+    PLACE/result.json                 what every site says of its test
+    PLACE/state.json                  as every run's
+
+PLACE is `federation` in the folder where the superlink was started, or what MIRAM_FEDERATION names. The model is at the
+sites: each keeps it in its own run folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...engine.errors import RunFailed
+from ...engine.files import write_atomic
+from ...engine.metrics import headline
+from ...engine.run import Run
+from .exchange import Facts, Figures, Order, Refusal, Tensors, Update
+from .figures import rounds_table
+from .flower_wire import Nodes
+from .plan import Plan, read_plan
+from .rounds import hold
+from .server import Federation, RoundRecord, write_metrics
+
+FOLDER = "MIRAM_FEDERATION"
+
+
+def serve(text: str, nodes: Nodes) -> None:
+    """Hold the rounds of a plan.
+
+    Args:
+        text: the plan.
+        nodes: the sites.
+
+    Raises:
+        RunFailed: no site can take part, or nobody's update could be used.
+        UserError: the folder holds the state of another plan.
+    """
+    plan = read_plan(text)
+    run = Run(Path(os.environ.get(FOLDER, "federation")), "federate")
+    rounds = int(plan.federate["rounds"])
+    with run.recorded():
+        write_atomic(run.folder / "config.yaml", text)
+        federation = Federation(plan.terms, start_of(plan, nodes), plan.target.target.weights_of)
+        hold(federation, nodes, rounds, run.folder, lambda: tell(run, federation))
+        told = nodes.figures(federation.order(), federation.sites)
+        run.result(content(plan, told, federation.records))
+    print(f"miram: figures of all sites: {run.folder / 'result.json'}", flush=True)
+
+
+def start_of(plan: Plan, nodes: Nodes) -> Tensors:
+    """What learns, as it starts: all sites have it alike, and one of them says it.
+
+    Raises:
+        RunFailed: none of those that are there has the plan's encoder and start.
+    """
+    facts = nodes.facts()
+    sound = sorted(f.site for f in facts if isinstance(f, Facts) and (f.base, f.start) == (plan.base, plan.start))
+    for site in sound:
+        for answer in nodes.updates(Order(0, plan.base, {}, {}, 0.0), [site]):
+            if isinstance(answer, Update) and all(tensor.isfinite().all() for tensor in answer.tensors.values()):
+                return answer.tensors
+    raise RunFailed(f"none of {len(facts)} sites has the plan's encoder and starts as the plan says; see their screens")
+
+
+def tell(run: Run, federation: Federation) -> None:
+    """A line a round, on the screen and on disk."""
+    write_metrics(run, federation.records)
+    last = federation.records[-1]
+    refused = "".join(f"; refused {site}: {reason}" for site, reason in last.refused.items())
+    print(f"miram: round {last.round}: loss {last.loss:.4f} of {', '.join(last.sites)}{refused}", flush=True)
+
+
+def content(plan: Plan, told: Sequence[Figures | Refusal], records: Sequence[RoundRecord]) -> dict[str, Any]:
+    """What result.json says: the mean of the sites leads, without an interval, for which one site's patients would have
+    to be known to the server."""
+    figures = [each for each in told if isinstance(each, Figures)]
+    values = [each.value for each in figures if np.isfinite(each.value)]
+    return {
+        "task": plan.target.name,
+        "kind": plan.target.kind,
+        "metric": headline(plan.target.kind),
+        "value": float(np.mean(values)) if values else None,
+        "interval": None,
+        "n_images": sum(each.images for each in figures),
+        "n_patients": sum(each.patients for each in figures),
+        "rows": [{"name": each.site, "value": number(each.value), **interval(each.low, each.high)} for each in figures],
+        "differences": [
+            {"name": f"{each.site}: federated - local", "value": number(each.value - each.local)}
+            | interval(each.gap_low, each.gap_high)
+            for each in figures
+        ],
+        "tables": [rounds_table(records)],
+        "notes": ["Every site judged its own test on its own machine, and sent figures alone."]
+        + [f"{each.site} sent no figures: {each.reason}." for each in told if isinstance(each, Refusal)],
+    }
+
+
+def number(value: float) -> float | None:
+    """JSON knows no nan."""
+    return value if np.isfinite(value) else None
+
+
+def interval(low: float, high: float) -> dict[str, Any]:
+    """The interval, if it is one."""
+    return {"interval": [low, high] if np.isfinite([low, high]).all() else None}

@@ -1,0 +1,99 @@
+"""int8: what is read back is what was measured, plain tensors alone are on the disk, and linear layers alone change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from safetensors import safe_open
+from sources import SIZE, classifier, images, source_of
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from vits import small
+
+from miram.engine.errors import UserError
+from miram.finetune.export.int8 import CARD, CONFIG, ONNX, TENSORS, load_int8, write_int8
+from miram.finetune.peft import apply
+
+
+def test_what_torch_reads_back_is_what_torchao_made(tmp_path: Path) -> None:
+    source = classifier()
+    before, wide = source.module(images(3)), classifier().module
+    written = write_int8(source, tmp_path, "torchao")
+    assert written.files == [TENSORS, CARD, CONFIG]
+    quantize_(wide, Int8WeightOnlyConfig())
+    with torch.inference_mode():
+        wanted = wide(images(3))
+        assert torch.equal(load_int8(tmp_path)(images(3)), wanted)
+    assert written.runner is not None
+    assert torch.equal(written.runner(images(3)), wanted)
+    assert not torch.equal(wanted, before)
+    assert torch.equal(source.module(images(3)), before), "the source was changed"
+
+
+def test_a_matrix_on_the_disk_is_its_int8_numbers_times_the_scale_of_their_row(tmp_path: Path) -> None:
+    source = classifier()
+    write_int8(source, tmp_path, "torchao")
+    weight = source.module[0].blocks[0].attn.qkv.weight
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        names = set(file.keys())
+        numbers, scale = (file.get_tensor(f"blocks.0.attn.qkv.weight:{part}") for part in ("qdata", "scale"))
+        assert file.get_tensor("patch_embed.proj.weight").dtype == torch.float32
+    assert "blocks.0.attn.qkv.weight" not in names
+    assert numbers.dtype == torch.int8
+    assert ((numbers * scale - weight).abs() <= scale / 2 * 1.001).all(), "further than rounding moves a number"
+    torch.testing.assert_close(scale[:, 0], weight.abs().amax(1) / 127.5, rtol=0.01, atol=0)
+
+
+def test_what_is_no_plain_vit_is_read_into_the_network_it_is_of(tmp_path: Path) -> None:
+    tuned = apply(small(image=SIZE), "vpt_deep")
+    tuned.set_head(2)
+    source = source_of(tuned, "classifier")
+    written = write_int8(source, tmp_path, "torchao")
+    assert written.files == [TENSORS, CARD]
+    with pytest.raises(UserError, match="give load_int8 the network"):
+        load_int8(tmp_path)
+    assert written.runner is not None
+    with torch.inference_mode():
+        assert torch.equal(load_int8(tmp_path, tuned)(images(2)), written.runner(images(2)))
+    with pytest.raises(UserError, match="is of another network"):
+        load_int8(tmp_path, nn.Linear(3, 3))
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    write_int8(classifier(), tmp_path, "torchao")
+    raw = bytearray((tmp_path / TENSORS).read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / TENSORS).write_bytes(raw)
+    with pytest.raises(UserError, match="is damaged; export the run again"):
+        load_int8(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torchao"])
+def test_a_network_without_linear_layers_is_refused(engine: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="int8 is of linear layers, and this segmenter has none; export it with --to"):
+        write_int8(source_of(nn.Conv2d(1, 2, 3), "segmenter"), tmp_path, engine)  # type: ignore[arg-type]
+
+
+def test_every_matrix_of_a_linear_layer_is_int8_for_onnx_runtime_and_nothing_else_is(tmp_path: Path) -> None:
+    source = classifier()
+    written = write_int8(source, tmp_path, "onnxruntime")
+    assert written.files == [ONNX]
+    model = onnx.load(tmp_path / ONNX)
+    narrow = [one for one in model.graph.initializer if one.data_type == TensorProto.INT8 and len(one.dims) == 2]
+    assert sorted(numpy_helper.to_array(one).size for one in narrow) == sorted(
+        layer.weight.numel() for layer in source.module.modules() if isinstance(layer, nn.Linear)
+    )
+    assert {"classes", "mean", "thresholds"} <= {one.key for one in model.metadata_props}
+    assert b"site-packages" not in (tmp_path / ONNX).read_bytes()
+    assert written.runner is not None
+    for count in (1, 4):
+        with torch.inference_mode():
+            wanted = source.module(images(count))
+        off = (written.runner(images(count)) - wanted).abs().max()
+        assert 0 < off < 0.1 * wanted.abs().max()
+    facts = written.facts["int8_onnxruntime"]
+    assert facts["bytes"] == (tmp_path / ONNX).stat().st_size < facts["float32_bytes"]
