@@ -32,6 +32,7 @@ from .peft.registry import describe
 CARD = "model.json"
 CLASSIFIER, SEGMENTER = "miram.model/1", "miram.segmenter/1"
 MAKERS: Mapping[str, str] = {CLASSIFIER: "finetune", SEGMENTER: "segment"}  # the stage, by the schema
+ALIKE = {"federate": "finetune"}  # a stage whose runs hold models of another's
 
 
 class SealedCard(Section):
@@ -138,7 +139,7 @@ def refuse_unfinished(run: Path, stage: str) -> None:
     state = read_json(run / "state.json", STATE) if (run / "state.json").exists() else {}
     if (found := state.get("stage", stage)) == "sweep":
         raise UserError(f"{run} is a sweep; name one of the runs in its folder cells")
-    if found != stage:
+    if ALIKE.get(found, found) != stage:
         raise UserError(f"{run} is a run of `miram {found}`, which makes no such model; name one of `miram {stage}`")
     if (status := state.get("status", "not begun")) != "finished":
         raise UserError(f"{run} is not finished ({status}); repeat the command that made it, and it goes on")

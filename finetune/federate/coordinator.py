@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...engine.errors import RunFailed
-from ...engine.files import write_atomic
 from ...engine.metrics import headline
-from ...engine.run import Run
+from ...engine.run import Run, open_run
 from .exchange import Facts, Figures, Order, Refusal, Tensors, Update
 from .figures import rounds_table
 from .flower_wire import Nodes
@@ -45,10 +43,9 @@ def serve(text: str, nodes: Nodes) -> None:
         UserError: the folder holds the state of another plan.
     """
     plan = read_plan(text)
-    run = Run(Path(os.environ.get(FOLDER, "federation")), "federate")
+    run = open_run(plan, os.environ.get(FOLDER, "federation"), "federate")
     rounds = int(plan.federate["rounds"])
     with run.recorded():
-        write_atomic(run.folder / "config.yaml", text)
         federation = Federation(plan.terms, start_of(plan, nodes), plan.target.target.weights_of)
         hold(federation, nodes, rounds, run.folder, lambda: tell(run, federation))
         told = nodes.figures(federation.order(), federation.sites)

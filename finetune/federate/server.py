@@ -194,7 +194,7 @@ class Federation:
         if self.terms.mode == "residual":
             self.fixed |= as_fixed(combine(self.residual, residual_of(updates, weights)))
         before, self.tensors = self.tensors, average(updates, weights)
-        return sum(float((self.tensors[n].double() - before[n].double()).square().sum()) for n in before) ** 0.5
+        return sum(float((self.tensors[n].double() - before[n].double()).square().sum()) for n in sorted(before)) ** 0.5
 
     def _note(self, record: RoundRecord) -> RoundRecord:
         self.records.append(record)

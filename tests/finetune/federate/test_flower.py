@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -25,9 +21,8 @@ pytest.importorskip("flwr")
 from flower_makers import Fake, federation, held, here, read_site
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from loopback import Wire, run_on_loopback
 
 from miram.engine.errors import RunFailed, UserError
 from miram.finetune.federate import flower
@@ -36,41 +31,6 @@ from miram.finetune.federate.flower_wire import Nodes, client_app, read_record, 
 from miram.finetune.federate.server import STATE
 
 PLAN = "rounds: 2\n"
-
-
-class Wire:
-    """Flower's grid without its server: nodes are called in this process, by what their messages are as bytes."""
-
-    def __init__(self, sites: dict[int, str]):
-        self.sites, self.replies, self.bytes = dict(sites), {}, b""
-        self.gone: set[int] = set()
-        self.forged: dict[int, Callable[[Message], Message]] = {}
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.sites)
-
-    def push_messages(self, messages: list[Message]) -> list[str]:
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = message.object_id
-            node, here = message.metadata.dst_node_id, self.travelled(message)
-            if node not in self.gone:
-                reply = self.forged.get(node, self.client(node))(here)
-                self.replies[message.object_id] = self.travelled(reply)
-        return [message.object_id for message in messages]
-
-    def pull_messages(self, numbers: list[str]) -> list[Message]:
-        return [self.replies.pop(number) for number in numbers if number in self.replies]
-
-    def client(self, node: int) -> Callable[[Message], Message]:
-        context = Context(1, node, {"site": self.sites[node]}, RecordDict(), {"plan": PLAN})
-        return lambda message: client_app(read_site)(message, context)
-
-    def travelled(self, message: Message) -> Message:
-        contents = {number: each.deflate() for number, each in get_all_nested_objects(message).items()}
-        self.bytes += b"\n".join(contents.values())
-        there = inflate_object_from_contents(message.object_id, dict(contents))
-        there.metadata.__dict__["_message_id"] = message.object_id
-        return there
 
 
 @pytest.fixture
@@ -82,7 +42,7 @@ def wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Node
 
     def make(*sites: Fake, wait: float = 5.0, patience: float = 5.0) -> Nodes:
         places = {number: write_site(tmp_path, site) for number, site in enumerate(sites, 1)}
-        return Nodes(Wire(places), len(sites), wait, patience)  # type: ignore[arg-type]
+        return Nodes(Wire(places, PLAN, read_site), len(sites), wait, patience)  # type: ignore[arg-type]
 
     return make
 
@@ -262,84 +222,18 @@ def test_a_program_that_is_none_of_flowers_is_named() -> None:
 # ---------------------------------------------------------------------------------------------- real processes
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@contextmanager
-def started(folder: Path, name: str, *arguments: str, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """One of Flower's programs in a session of its own, all of which ends here."""
-    (folder / name).mkdir()
-    command = [sys.executable, "-m", "miram.finetune.federate.flower", *arguments]
-    with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder / name, env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        with suppress(ProcessLookupError):  # what it started may outlive it
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.slow
 def test_a_server_and_two_clients_on_loopback_give_the_bits_of_one_process(tmp_path: Path) -> None:
     sites = [Fake("north", 1), Fake("south", 7, "bug", since=2)]
-    ports = [free_port() for _ in range(3)]
-    home, makers = tmp_path / "home", Path(__file__).parent
-    home.mkdir()
-    (home / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{ports[0]}"\ninsecure = true\n')
-    env = {name: value for name, value in os.environ.items() if "FLWR" not in name} | {
-        "FLWR_HOME": str(home),
-        "FLOWER_TEST": str(tmp_path),
-        "PYTHONPATH": str(makers),
-        "OMP_NUM_THREADS": "1",
-    }
     flower.write_app(tmp_path / "app", PLAN, 2, {"serverapp": "fake_app:server", "clientapp": "fake_app:client"})
-    address = ["--insecure", "--host", "127.0.0.1", "--port"]
-    with started(tmp_path, "link", "superlink", *address, str(ports[0]), env=env):
-        nodes = [
-            started(
-                tmp_path,
-                site.name,
-                *("supernode", "--superlink", f"127.0.0.1:{ports[0]}", *address, str(port)),
-                *("--node-config", f"site='{write_site(tmp_path, site)}'"),
-                env=env,
-            )
-            for site, port in zip(sites, ports[1:], strict=True)
-        ]
-        with nodes[0], nodes[1]:
-            run(tmp_path, env)
+    places = {site.name: write_site(tmp_path, site) for site in sites}
+    run_on_loopback(tmp_path, places, FLOWER_TEST=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
     sites[1] = replace(sites[1], trouble="user error")
     assert (tmp_path / STATE).read_bytes() == here(sites, 2, tmp_path / "here")
     assert "FileNotFoundError: /hospital/patients/Jane Doe.dcm" in (tmp_path / "south.log").read_text()
     assert "hospital" not in (tmp_path / "link.log").read_text()
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert {name: seen[name] for name in flower.QUIET} == flower.QUIET
-
-
-def run(folder: Path, env: dict[str, str]) -> None:
-    """`flwr run`, again until the server is up, then wait for its end."""
-    command = [sys.executable, "-m", "miram.finetune.federate.flower", "flwr"]
-    end, said = time.monotonic() + 240, {}
-    while not said.get("success") and time.monotonic() < end:
-        said = json.loads(asked([*command, "run", str(folder / "app"), "here", "--format", "json"], env))
-    while time.monotonic() < end:
-        (one,) = json.loads(asked([*command, "ls", "here", "--format", "json"], env))["runs"]
-        if one["status"].startswith("finished"):
-            log = asked([*command, "log", one["run-id"], "here", "--show"], env)
-            assert one["status"] == "finished:completed", log
-            return
-    raise AssertionError((folder / "link.log").read_text()[-3000:])
-
-
-def asked(command: list[str], env: dict[str, str]) -> str:
-    time.sleep(0.5)
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
 
 
 def test_the_order_that_travels_is_the_order(wired: Any) -> None:
