@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ..data.config import DataSection
 from ..data.shards import ShardDataset
 from ..pretrain.weights.loading import read_provenance
 
 
+def lineage(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """An encoder's provenance, and those of what it started from and was taught by."""
+    yield provenance
+    for kin in ("init", "teacher"):
+        if isinstance(provenance.get(kin), Mapping):
+            yield from lineage(provenance[kin])
+
+
 def images_seen(shards: ShardDataset, data: DataSection, encoder: str, judged: Sequence[int]) -> int | None:
-    """How many of the judged rows the encoder was pretrained on; None where that cannot be told.
+    """How many of the judged rows the encoder, or one that it comes from, was pretrained on; None: it cannot be told.
 
     Args:
         shards: the data set.
@@ -18,19 +27,30 @@ def images_seen(shards: ShardDataset, data: DataSection, encoder: str, judged: S
         encoder: as a configuration names it.
         judged: rows.
     """
-    provenance = read_provenance(encoder)
+    found: set[int] = set()
+    for provenance in lineage(read_provenance(encoder)):
+        rows = rows_seen(shards, data, provenance, judged)
+        if rows is None:
+            return None
+        found.update(rows)
+    return len(found)
+
+
+def rows_seen(
+    shards: ShardDataset, data: DataSection, provenance: Mapping[str, Any], judged: Sequence[int]
+) -> list[int] | None:
+    """Those of the judged rows that one pretraining saw; None where that cannot be told."""
     known = {(part["dataset"], part["records"]) for part in provenance.get("data", [])}
     sources = zip(shards.roots, shards.manifests, strict=True)
     roots = {root for root, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
-    of = [(shards.root(i), shards.splits[i]) for i in judged]
-    here = [split for root, split in of if root in roots]
+    here = [i for i in judged if shards.root(i) in roots]
     seen = provenance.get("split")
     if seen is None or not here:
-        return len(here)
+        return here
     if (provenance.get("split_digest", ""), provenance.get("fold")) != (shards.split_digest, data.fold):
         return None
     undivided = not any(shards.every.column("split")) and not shards.split_digest
-    return len(here) if undivided else sum(split == seen.partition("-")[0] for split in here)
+    return here if undivided else [i for i in here if shards.splits[i] == seen.partition("-")[0]]
 
 
 def seen(

@@ -12,7 +12,7 @@ if not __package__:
 
 from ...engine.command import start_stage
 from ...engine.config import read_tree
-from ...engine.errors import exit_code
+from ...engine.errors import UserError, exit_code
 from ..__main__ import start as start_tuning
 
 ABOUT = (
@@ -38,13 +38,18 @@ def start(command: str, arguments: Sequence[str]) -> None:
     """Read the command line and distil: an encoder, or a tuned model.
 
     Raises:
-        UserError: there is no such configuration.
+        UserError: there is no such configuration, or it tunes without a teacher.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
-    if named and "finetune" in read_tree(arguments[0]):
-        start_tuning(command, arguments)
-    else:
+    tuning = read_tree(arguments[0]).get("finetune") if named else None
+    if tuning is None:
         start_stage(command, arguments, load, ("--dry-run", "dry_run"), ABOUT)
+    elif "teacher" not in tuning and not any(a.startswith("--finetune.teacher") for a in arguments):
+        raise UserError(
+            f"{arguments[0]}: finetune.teacher is not set; say whom to learn from: --finetune.teacher.run=RUN"
+        )
+    else:
+        start_tuning(command, arguments)
 
 
 def main() -> None:
