@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
@@ -15,6 +15,13 @@ from .exchange import WORDS
 Name = Annotated[str, Field(pattern=f"^{WORDS['site'].pattern}$")]
 Mode = Literal["freeze_a", "residual", "plain"]
 Comparison = Literal["local", "centralised"]
+
+
+IDLE: tuple[tuple[str, Any, str], ...] = (  # keys of the finetune section that a federation has no use for
+    ("teacher", None, "sites do not distil"),
+    ("keep", "last", "nothing is held out in a round to tell which step was best"),
+    ("fraction", 1.0, "a site trains on all of its training images"),
+)
 
 
 class FederateSection(Section):
@@ -66,8 +73,13 @@ class FederateConfig(Section):
                 f"finetune.method: {self.finetune.method} is not federated, only adapters, prompts and heads are; "
                 "take lora, a prompt or linear"
             )
-        if self.finetune.teacher is not None:
-            raise ValueError("finetune.teacher: sites do not distil; leave it out")
+        if self.finetune.input == "tiles":
+            raise ValueError("finetune.input: tiles are read by attention_mil, which is not federated; take windows")
+        for key, usual, why in IDLE:
+            if getattr(self.finetune, key) != usual:
+                raise ValueError(f"finetune.{key}: {why}; leave it out")
+        if self.train.ema is not None:
+            raise ValueError("train.ema: the average of the sites' weights is what a round ends with; leave it out")
         if self.train.blr != TrainSection.model_fields["blr"].default:
             raise ValueError("train.blr: set federate.lr, the learning rate itself")
         if self.federate.by is not None and self.federate.sites is not None:

@@ -2,9 +2,9 @@
 
     FOLDER/pyproject.toml    all of the app: names of the two halves (flower_app.py), the plan, and how long to wait
 
-    server    python -m miram.finetune.federate.flower superlink …    takes connections, keeps what travels
-    site      python -m miram.finetune.federate.flower supernode … --node-config "site='SITE.yaml'"
-    server    python -m miram.finetune.federate.flower flwr run FOLDER CONNECTION --stream
+    server    miram flower superlink …                                takes connections, keeps what travels
+    site      miram flower supernode … --node-config "site='SITE.yaml'"
+    server    miram flower flwr run FOLDER CONNECTION --stream
 
 The programs are Flower's own, without what they do by default beside their work: telemetry, looking for updates, and
 installing packages for an app. Whoever wants those sets the variables of QUIET.

@@ -102,10 +102,10 @@ def announce(settings: FederateConfig) -> None:
     vit, _ = read_encoder(settings.finetune.encoder, settings.finetune.image_size)
     app = write_app(Path(settings.out) / "app", make_plan(settings, vit), sites).parent
     print(
-        f"wrote {app}\n"
-        "server:  python -m miram.finetune.federate.flower superlink --insecure\n"
-        "a site:  python -m miram.finetune.federate.flower supernode --insecure --superlink SERVER:8000 "
+        f"wrote {app}; to try it on one machine:\n"
+        "server:  miram flower superlink --insecure\n"
+        "a site:  miram flower supernode --insecure --superlink 127.0.0.1:8000 --port 9094 "
         "--node-config \"site='SITE.yaml'\"\n"
-        f"then:    python -m miram.finetune.federate.flower flwr run {app} --stream\n"
-        "SITE.yaml says name, encoder, data and out, and stays at the site; docs/federate.md has the rest, TLS first."
+        f"then:    miram flower flwr run {app} CONNECTION --stream\n"
+        "SITE.yaml (name, encoder, data, out) stays at the site; docs/federate.md has the rest, certificates first."
     )

@@ -111,6 +111,8 @@ def test_with_one_site_and_all_images_federated_local_and_centralised_are_one(
         (["--federate.by=densty", "--federate.sites=null"], "did you mean 'density'"),
         (["--federate.by=view", "--federate.sites=null"], "no such column"),
         (["--train.blr=1e-3"], "federate.lr"),
+        (["--train.ema=0.9"], "train.ema"),
+        (["--finetune.keep=best", "--finetune.search.folds=1"], "finetune.keep"),
     ],
 )
 def test_what_cannot_be_federated_is_said_before_anything_is_written(
