@@ -18,7 +18,10 @@ Say = Callable[..., tuple[int, str, str]]
 
 @pytest.mark.parametrize(
     "command",
-    ["", "data", "data ingest", "pretrain", "probe", "finetune", "segment", "predict", "evaluate", "report", "demo"],
+    [
+        *("", "data", "data ingest", "pretrain", "probe", "finetune", "segment", "distill", "federate", "flower"),
+        *("predict", "evaluate", "export", "report", "demo"),
+    ],
 )
 def test_help_ends_well_and_says_something(command: str, say: Say) -> None:
     code, out, _ = say(*command.split(), "--help")
@@ -60,6 +63,18 @@ def test_config_prints_what_a_run_would_use(say: Say) -> None:
         (("predict", "nosuch", "film.png"), "nosuch"),
         (("evaluate",), "name a run"),
         (("evaluate", "nosuch", "--data.shards=x"), "nosuch"),
+        (("distill",), "name a configuration"),
+        (("distill", "distill/dem"), "did you mean 'distill/demo'"),
+        (("distill", "distill/demo", "--distill.dept=1"), "did you mean 'distill.depth'"),
+        (("federate",), "name a configuration"),
+        (("federate", "--flower"), "name a configuration"),
+        (("federate", "federate/demo", "--federate.round=2"), "did you mean 'federate.rounds'"),
+        (("flower",), "no program of Flower's"),
+        (("flower", "superlnk"), "did you mean 'superlink'"),
+        (("export", "nosuch", "--to", "onnx"), "nosuch"),
+        (("export", "nosuch", "--to", "onx"), "did you mean 'onnx'"),
+        (("export", "nosuch", "--to", "onnx", "--merge-tokens", "all"), "--merge-tokens all"),
+        (("export", "nosuch", "--to", "hf", "--merge-tokens", "8"), "--to onnx only"),
         (("report", "nosuch"), "nosuch"),
     ],
 )

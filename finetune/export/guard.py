@@ -9,20 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...engine.errors import RunFailed
-from ...engine.metrics import Estimate
+from ...engine.metrics import Estimate, Floats
 from ..classify.bootstrap import cell
 from ..classify.units import counted
-from .judges import JUDGES, Asking, NotMeasured
+from .judges import JUDGES, Asking, Judge, NotMeasured
 from .parity import Runner
 from .source import Source
 
-__all__ = ["Change", "NotMeasured", "change_of", "refuse_worse"]
+__all__ = ["Change", "Guard", "NotMeasured", "refuse_worse"]
 
 REPLICATES = 1000
 
@@ -79,40 +80,54 @@ def refuse_worse(change: Change, margin: float, what: str = "the export") -> Non
         )
 
 
-def change_of(
-    source: Source,
-    run: str | Path,
-    before: Runner,
-    after: Runner,
-    data: str | Sequence[str] | None = None,
-    split: str | None = None,
-    task: str | None = None,
-    *,
-    batch_size: int = 64,
-    replicates: int = REPLICATES,
-) -> Change:
-    """What becomes of a figure.
+class Guard:
+    """Measures what exports of a source do to its figure; what is exported is judged once, however many there are.
 
     Args:
         source: what is exported.
         run: the folder it was read from.
-        before: the network, on the CPU.
-        after: what was written.
         data: labelled images; None: those of the run's own data whose patients the model did not learn from, the test
             split of them where there is one.
         split: of the data; None: all of it.
         task: label to judge by; None: the model's own.
         batch_size: images at once.
         replicates: R.
-
-    Raises:
-        NotMeasured: there are no images to measure it on.
-        UserError: the images do not fit, or the model learnt from their patients.
     """
-    asked = Asking(None if data is None else data if isinstance(data, str) else [*data], split, task)
-    judge = JUDGES[source.kind](source, Path(run), asked, batch_size, replicates)
-    was, now = judge.figures(before), judge.figures(after)
-    if np.isnan(now[0] - was[0]):
-        raise NotMeasured(f"{judge.metric} cannot be computed on {judge.split}; name other images with --data")
-    old, new, gap = (Estimate.of(float(x[0]), x[1:] if judge.drawn else x[:0]) for x in (was, now, now - was))
-    return Change(judge.metric, judge.task, judge.split, old, new, gap, judge.n_images, judge.n_patients)
+
+    def __init__(
+        self,
+        source: Source,
+        run: str | Path,
+        data: str | Sequence[str] | None = None,
+        split: str | None = None,
+        task: str | None = None,
+        *,
+        batch_size: int = 64,
+        replicates: int = REPLICATES,
+    ):
+        self.source, self.run, self.batch_size, self.replicates = source, Path(run), batch_size, replicates
+        self.asked = Asking(None if data is None else data if isinstance(data, str) else [*data], split, task)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Its images, read once."""
+        return JUDGES[self.source.kind](self.source, self.run, self.asked, self.batch_size, self.replicates)
+
+    @cached_property
+    def before(self) -> Floats:
+        """(1 + R,) the figure of the source."""
+        return self.judge.figures(self.source.module)
+
+    def change(self, after: Runner) -> Change:
+        """What one export does.
+
+        Raises:
+            NotMeasured: there are no images to measure it on.
+            UserError: the images do not fit, or the model learnt from their patients.
+        """
+        judge, was = self.judge, self.before
+        now = judge.figures(after)
+        if np.isnan(now[0] - was[0]):
+            raise NotMeasured(f"{judge.metric} cannot be computed on {judge.split}; name other images with --data")
+        old, new, gap = (Estimate.of(float(x[0]), x[1:] if judge.drawn else x[:0]) for x in (was, now, now - was))
+        return Change(judge.metric, judge.task, judge.split, old, new, gap, judge.n_images, judge.n_patients)

@@ -36,13 +36,14 @@ Engine = Literal["onnxruntime", "torchao"]
 ENGINES: tuple[Engine, ...] = ("onnxruntime", "torchao")
 ONNX, TENSORS, CARD = "model.int8.onnx", "model.int8.safetensors", "model.int8.json"
 SCHEMA = "miram.int8/1"
-USAGE = """
+WITH_ONNX = """
 import onnxruntime
 session = onnxruntime.InferenceSession("model.int8.onnx")
-(outputs,) = session.run(None, {"images": images})      # float32 (batch, channels, height, width), normalised
-
-from miram.finetune.export.int8 import load_int8         # the same weights in torch; needs miram[compress]
-outputs = load_int8("FOLDER")(images)                    # of what is no plain ViT: load_int8("FOLDER", network)
+(outputs,) = session.run(None, {"images": images})      # float32 (1, channels, height, width), normalised
+"""
+WITH_TORCH = """
+from miram.finetune.export.int8 import load_int8         # model.int8.safetensors; needs miram[compress]
+outputs = load_int8("FOLDER")(images)                    # {how}
 """
 
 
@@ -83,10 +84,15 @@ def write_quantised_onnx(source: Source, folder: Path, share: float) -> Written:
     files = [ONNX, *([f"{ONNX}.data"] if large else [])]
     note = (
         f"{ONNX}: ONNX Runtime takes the range of what a layer is given over the whole batch, so that what is said of "
-        "an image depends a little on those beside it; where figures have to repeat, give it one image at a time."
+        "an image would depend on those beside it. Give it one image at a time, as it was measured here."
     )
     facts = facts_of("onnxruntime", [folder / name for name in files], source, share)
-    return Written(files, onnx_runner(path), [note], facts, tolerance=None, usage=USAGE)
+    return Written(files, one_by_one(onnx_runner(path)), [note], facts, tolerance=None, usage=WITH_ONNX)
+
+
+def one_by_one(runner: Runner) -> Runner:
+    """A runner that never sees two images at once."""
+    return lambda images: torch.cat([runner(image[None]) for image in images])
 
 
 def quantise_onnx(wide: Path, narrow: Path, large: bool) -> None:
@@ -122,7 +128,9 @@ def write_quantised_tensors(source: Source, folder: Path, share: float) -> Writt
     write_json(folder / CARD, SCHEMA, {"sha256": sha256(folder / TENSORS), "torchao": version("torchao")})
     loaded = load_int8(folder, None if built else source.module)
     facts = facts_of("torchao", [folder / TENSORS], source, share)
-    return Written([TENSORS, CARD, *built], runner_of(loaded), [], facts, tolerance=None, usage=USAGE)
+    how = "on the CPU" if built else "on the CPU; network: the float32 one, read_source(RUN).module"
+    usage = (WITH_TORCH if built else WITH_TORCH.replace('"FOLDER")', '"FOLDER", network)')).format(how=how)
+    return Written([TENSORS, CARD, *built], runner_of(loaded), [], facts, tolerance=None, usage=usage)
 
 
 def write_config(source: Source, folder: Path) -> bool:

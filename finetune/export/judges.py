@@ -106,7 +106,9 @@ class Asking:
 
     def name(self, splits: Strings) -> str:
         """What the judged images are called, from the (j,) splits that they are of."""
-        whose = "the images named" if self.data is not None else "the run's own data, patients it did not learn from"
+        whose = (
+            "the images named" if self.data is not None else "the run's own data, patients whose labels it never saw"
+        )
         found = np.unique(splits).tolist()
         return f"{whose}, split {found[0]!r}" if len(found) == 1 and found[0] else whose
 

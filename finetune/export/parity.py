@@ -36,6 +36,7 @@ class Written:
         tolerance: largest difference from the reference that is a matter of rounding; None where a change is meant
             (int8, merged tokens): it is measured and told, and what it does to the task is the guard's to judge.
         reference: what the runner has to give, where that is more than the source's module gives.
+        twin: of merged tokens, the network in torch that merges likewise.
         usage: Python that loads the folder, for the card.
     """
 
@@ -45,6 +46,7 @@ class Written:
     facts: dict[str, Any] = field(default_factory=dict)
     tolerance: float | None = TOLERANCE
     reference: Runner | None = None
+    twin: Runner | None = None
     usage: str = ""
 
 
@@ -69,6 +71,44 @@ class Parity:
         """Whether it is within tolerance; a difference that is not finite never is."""
         allowed = math.inf if self.tolerance is None else self.tolerance
         return math.isfinite(self.largest_difference) and self.largest_difference <= allowed
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often a file with merged tokens says what torch says that merges likewise.
+
+    Which patches are merged is a choice. Between candidates that are alike to the last digits of float32, as patches of
+    air are, two runtimes that round differently choose differently, and what follows is not a matter of rounding any
+    more: no tolerance is right for such an image. Noise has hardly any such candidates. So images are counted.
+
+    Attributes:
+        images: that both were shown.
+        apart: those on which they differ by more than rounding.
+        largest_difference: of any output of those that are not apart.
+        largest_apart: of those that are.
+        tolerance: what is rounding.
+    """
+
+    images: int
+    apart: int
+    largest_difference: float
+    largest_apart: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether they agree on most images and nothing is infinite; a wrong file agrees on none."""
+        return 2 * self.apart < self.images and math.isfinite(self.largest_apart)
+
+    @property
+    def sentence(self) -> str:
+        """For the card and the screen."""
+        alike = f"The same merging in torch gives the same on {self.images - self.apart} of {self.images} images, to "
+        chose = (
+            f"; on the others one of the two merged other patches that are nearly alike, which moves outputs by up to "
+            f"{self.largest_apart:.3g}"
+        )
+        return alike + f"{self.largest_difference:.3g}" + (chose if self.apart else "") + "."
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -118,6 +158,28 @@ def parity(reference: Runner, runner: Runner, inputs: Mapping[str, Tensor], tole
         largest = max(largest, difference(wanted, runner(images).detach().cpu().float()))
         scale = max(scale, float(wanted.abs().max()))
     return within(largest, scale, tolerance, {name: len(images) for name, images in inputs.items()})
+
+
+@torch.inference_mode()
+def agreement(twin: Runner, runner: Runner, inputs: Mapping[str, Tensor]) -> Agreement:
+    """Run both on all inputs, and count the images on which they differ.
+
+    Raises:
+        RunFailed: they differ on most of them.
+    """
+    found, scale = [], 1.0
+    for images in inputs.values():
+        wanted, got = twin(images).float(), runner(images).float()
+        found += [difference(one, other) for one, other in zip(wanted, got, strict=True)]
+        scale = max(scale, float(wanted.abs().max()))
+    alike, apart = ([off for off in found if (off <= TOLERANCE * scale) == same] for same in (True, False))
+    said = Agreement(len(found), len(apart), max(alike, default=0.0), max(apart, default=0.0), TOLERANCE * scale)
+    if not said.holds:
+        raise RunFailed(
+            f"the exported file differs from the same merging in torch on {said.apart} of {said.images} images, by up "
+            f"to {said.largest_apart:.3g}; nothing was written"
+        )
+    return said
 
 
 def within(largest: float, scale: float, tolerance: float | None, inputs: dict[str, int]) -> Parity:

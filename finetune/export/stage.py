@@ -13,41 +13,29 @@ something else on purpose (int8, merged tokens) is measured on labelled images, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ...data.config import DataSection
 from ...data.opening import open_shards
 from ...data.shards import ShardDataset
 from ...data.views import Normalisation
-from ...engine.errors import UserError, did_you_mean
+from ...engine.errors import RunFailed, UserError, did_you_mean
 from ...engine.files import read_json
 from ..sealed import whole_folder
 from .card import CARD, EXPORT, release_of, write_card
-from .guard import Change, NotMeasured, change_of, refuse_worse
+from .guard import Change, Guard, NotMeasured, refuse_worse
 from .hugging_face import write_hf
 from .int8 import ENGINES, write_int8
 from .licences import forbids, home_of, shards_of
 from .onnx_file import write_onnx
-from .parity import Parity, Written, inputs_for, parity, refuse_other
+from .parity import Agreement, Parity, Written, agreement, inputs_for, parity, refuse_other
 from .source import Source, read_source
 from .timm_folder import write_timm
 
 FORMATS = ("timm", "hf", "onnx", "int8")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Where a change is measured, and how large it may be."""
-
-    run: Path
-    data: Sequence[str] | None
-    split: str | None
-    task: str | None
-    margin: float
-    batch_size: int
 
 
 def export(
@@ -93,12 +81,13 @@ def export(
     home = home_of(Path(run))
     folder = out or home / "export" / form
     refuse_taken(folder, source, ours=out is None)
-    asked = Asked(Path(run), data, split, task, margin, batch_size)
     shards = shards_of(home) if data is None else open_shards(DataSection(shards=[*data], split=split))
+    guard = Guard(source, run, data, split, task, batch_size=batch_size)
     with whole(folder) as part:
-        done = [examined(source, one, shards, asked) for one in written(source, to, part, merge_tokens)]
-        finish(part, source, form, done)
-    tell(folder, source, done)
+        done = [examined(source, one, shards, guard) for one in written(source, to, part, merge_tokens)]
+        kept = within_margin(part, done, margin)
+        finish(part, source, form, kept, [one for one in done if one not in kept])
+    tell(folder, source, done, kept)
     return folder
 
 
@@ -166,84 +155,130 @@ def refuse_taken(folder: Path, source: Source, ours: bool) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """What was written and what came of looking at it."""
+    """What one exporter wrote, and what came of looking at it.
+
+    Attributes:
+        written: the files.
+        parity: with the source; None where nothing here can run them.
+        agreement: of merged tokens, with the same merging in torch.
+        change: of the task's figure, where one is meant and could be measured.
+        why_not: why it could not.
+    """
 
     written: Written
-    parity: Parity | None
-    change: Change | None
+    parity: Parity | None = None
+    agreement: Agreement | None = None
+    change: Change | None = None
     why_not: str = ""
 
+    @property
+    def name(self) -> str:
+        """The file that leads."""
+        return self.written.files[0]
 
-def examined(source: Source, one: Written, shards: ShardDataset | None, asked: Asked) -> Done:
+    @property
+    def sentences(self) -> list[str]:
+        """For the card."""
+        found = [] if self.agreement is None else [f"{self.name}: {self.agreement.sentence}"]
+        if self.why_not:  # the reason may name places, which are for the screen alone
+            return [*found, f"{self.name}: what it changes was not measured on labelled images."]
+        return found if self.change is None else [*found, f"{self.name}: {self.change.sentence}"]
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """For export.json."""
+        found = {"largest_difference": None if self.parity is None else self.parity.largest_difference}
+        change = {"accuracy": None if self.change is None else self.change.facts}
+        return found | change | ({} if self.agreement is None else {"same_merging_in_torch": asdict(self.agreement)})
+
+
+def examined(source: Source, one: Written, shards: ShardDataset | None, guard: Guard) -> Done:
     """Compare what was written with its source, and measure what a change that is meant does.
 
     Raises:
         UserError: merged tokens cannot be measured.
-        RunFailed: it computes something else, or lost more than the margin.
+        RunFailed: it computes something else.
     """
-    found = None
-    if one.runner is not None:
-        normalise = Normalisation(source.mean, source.std)
-        inputs = inputs_for(source.channels, source.image_size, normalise, shards)
-        found = parity(one.reference or source.module, one.runner, inputs, one.tolerance)
-        refuse_other(found, one.files[0])
-    if one.tolerance is not None or one.runner is None:
-        return Done(one, found, None)
+    if one.runner is None:
+        return Done(one)
+    inputs = inputs_for(source.channels, source.image_size, Normalisation(source.mean, source.std), shards)
+    found = parity(one.reference or source.module, one.runner, inputs, one.tolerance)
+    refuse_other(found, one.files[0])
+    if one.tolerance is not None:
+        return Done(one, found)
+    same = None if one.twin is None else agreement(one.twin, one.runner, inputs)
     try:
-        change = change_of(
-            source,
-            asked.run,
-            source.module,
-            one.runner,
-            asked.data,
-            asked.split,
-            asked.task,
-            batch_size=asked.batch_size,
-        )
+        return Done(one, found, same, guard.change(one.runner))
     except NotMeasured as why:
-        if "onnx" in one.facts:
+        if one.twin is not None:
             raise
-        return Done(one, found, None, str(why))
-    refuse_worse(change, asked.margin, one.files[0])
-    return Done(one, found, change)
+        return Done(one, found, why_not=str(why))
 
 
-def finish(folder: Path, source: Source, form: str, done: Sequence[Done]) -> None:
+def within_margin(folder: Path, done: Sequence[Done], margin: float) -> list[Done]:
+    """Those that lost no more than they may; the files of the others are removed.
+
+    Raises:
+        RunFailed: there are none.
+    """
+    kept, refused = [], None
+    for one in done:
+        try:
+            if one.change is not None:
+                refuse_worse(one.change, margin, one.name)
+            kept.append(one)
+        except RunFailed as error:
+            refused = error
+            for name in one.written.files:
+                (folder / name).unlink()
+    if refused is not None and not kept:
+        raise refused
+    return kept
+
+
+def finish(folder: Path, source: Source, form: str, done: Sequence[Done], refused: Sequence[Done]) -> None:
     """Write the cards; of several engines, what leads is the worst."""
-    files = [name for one in done for name in one.written.files]
-    notes = [note for one in done for note in (*one.written.notes, *unmeasured(one))]
-    facts = {key: value for one in done for key, value in one.written.facts.items()}
-    if len(done) > 1:
-        facts["each"] = {one.written.files[0]: facts_of(one) for one in done}
-    first = replace(done[0].written, files=files, notes=notes, facts=facts)
-    compared = [one.parity for one in done if one.parity]
-    worst = max(compared, key=lambda parity: parity.largest_difference, default=None)
-    changes = [one.change for one in done if one.change]
-    lost = min(changes, key=lambda change: change.difference.value, default=None)
-    said = [f"{one.written.files[0]}: {one.change.sentence}" for one in done if one.change]
+    first = replace(
+        done[0].written,
+        files=[name for one in done for name in one.written.files],
+        notes=[note for one in done for note in one.written.notes] + [left_out(one) for one in refused],
+        facts={key: value for one in done for key, value in one.written.facts.items()}
+        | {"each": {one.name: one.facts for one in done}},
+        usage="\n".join(one.written.usage.strip() for one in done),
+    )
+    worst = max((one.parity for one in done if one.parity), key=lambda of: of.largest_difference, default=None)
+    lost = min((one.change for one in done if one.change), key=lambda of: of.difference.value, default=None)
+    said = [sentence for one in done for sentence in one.sentences]
     write_card(folder, source, form, first, worst, None if lost is None else lost.facts, said)
 
 
-def unmeasured(one: Done) -> list[str]:
-    """That nobody knows what a change does, and why."""
-    # the reason may name places, which are for the screen alone
-    return [f"What {one.written.files[0]} changes was not measured on images."] if one.why_not else []
+def left_out(one: Done) -> str:
+    """That a file lost too much."""
+    assert one.change is not None
+    return f"{one.name} was made and left out, as it lost more than it may: {one.change.sentence}"
 
 
-def facts_of(one: Done) -> Mapping[str, object]:
-    """One engine's figures for export.json."""
-    off = None if one.parity is None else one.parity.largest_difference
-    return {"largest_difference": off, "accuracy": None if one.change is None else one.change.facts}
-
-
-def tell(folder: Path, source: Source, done: Sequence[Done]) -> None:
+def tell(folder: Path, source: Source, done: Sequence[Done], kept: Sequence[Done]) -> None:
     """Say on the screen what was written, how far it is from its source, and what must not be done with it."""
+    print(f"wrote {folder}: {source.kind}, {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
     for one in done:
-        off = "" if one.parity is None else f", outputs within {one.parity.largest_difference:.3g} of the source's"
-        print(f"wrote {folder / one.written.files[0]}: {source.kind}{off}")
+        if one not in kept:
+            print(f"miram: {left_out(one)}")
+            continue
+        if one.parity is not None:
+            print(f"miram: {one.name}: {off_by(one.parity)}")
+        if one.agreement is not None:
+            print(f"miram: {one.agreement.sentence}")
         if one.change is not None:
             print(f"miram: {one.change.sentence}")
         elif one.why_not:
-            print(f"miram: {one.written.files[0]}: the change was not measured: {one.why_not}")
+            print(f"miram: {one.name}: the change was not measured: {one.why_not}")
     if any(map(forbids, source.licences)):
         print(f"miram: {release_of(source)}")
+
+
+def off_by(found: Parity) -> str:
+    """How far outputs are from the source's, in words."""
+    far = f"by up to {found.largest_difference:.3g}, which is meant"
+    near = f"by {found.largest_difference:.3g} at most, of {found.tolerance or 0:.3g} that rounding may do"
+    return f"outputs up to {found.largest_output:.3g} differ {far if found.tolerance is None else near}"

@@ -17,6 +17,7 @@ from miram.engine.errors import UserError
 from miram.finetune.classify.config import FinetuneConfig
 from miram.finetune.config import ProbeConfig
 from miram.finetune.distill.config import DistillConfig
+from miram.finetune.federate.config import FederateConfig
 from miram.finetune.segment.config import SegmentConfig
 from miram.paper.config import PaperConfig
 from miram.pretrain.config import PretrainConfig
@@ -27,6 +28,7 @@ STAGES: dict[str, type[Section]] = {
     "finetune": FinetuneConfig,
     "segment": SegmentConfig,
     "distill": DistillConfig,
+    "federate": FederateConfig,
     "paper": PaperConfig,
 }
 

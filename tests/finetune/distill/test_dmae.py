@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,22 @@ def test_token_loss_is_that_of_loops(tmp_path: Path, checkpointing: bool) -> Non
         for token in range(1 + ids_keep.shape[1]):
             z, t = model.project(tokens[b, token]).tolist(), theirs[b, token].tolist()
             z_norm, t_norm = sum(x * x for x in z) ** 0.5, sum(x * x for x in t) ** 0.5
-            total += sum(abs(x / z_norm - y / t_norm) for x, y in zip(z, t, strict=True)) / 48
+            total += sum(abs(x / z_norm - y / t_norm) for x, y in zip(z, t, strict=True)) / 48**0.5
     assert model(batch)[2].item() == pytest.approx(total, rel=1e-4)
     assert model.counts(batch)[2].item() == 3 * (1 + ids_keep.shape[1])
+
+
+@pytest.mark.parametrize("width", [32, 192])
+def test_the_distance_of_random_directions_is_2_by_the_root_of_pi_whatever_the_width(
+    tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = taught(tmp_path, encoder()[0], embed_dim=width)
+    draw = torch.Generator().manual_seed(4)
+    theirs, ours = (torch.randn(16, 17, width, generator=draw) for _ in range(2))  # a difference: sqrt(2 / D) normal
+    monkeypatch.setattr(model.teacher, "tokens", lambda *_: theirs)
+    model.project = nn.Identity()  # type: ignore[assignment]
+    found = model.token_error(ours, torch.empty(0), torch.empty(0)).item() / (16 * 17)
+    assert found == pytest.approx(2 / math.pi**0.5, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ def arguments(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [
         f"--data.shards={phantoms}",
         "--data.split=null",
+        "--data.task=mass",
+        '--finetune.classes=["0", "1"]',
         f"--finetune.encoder={folder}",
         "--finetune.headline=image",
         "--finetune.replicates=50",
