@@ -100,7 +100,10 @@ def flower(
     """Flower's own programs, without telemetry: superlink (server), supernode (site), flwr (run, ls, log, stop)."""
     from .finetune.federate.flower import launch
 
-    launch([program, *context.args])
+    if program in ("-h", "--help"):
+        print(context.get_help())
+    else:
+        launch([program, *context.args])
 
 
 @app.command()

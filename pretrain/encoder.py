@@ -9,7 +9,8 @@ vit = timm.create_model(card["architecture"], **card["kwargs"]); vit.load_state_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -160,6 +161,12 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
 
 def encode_visible(vit: Encoder, images: Tensor, ids_keep: Tensor) -> Tensor:
     """(B, C, H, W) and (B, V) kept patches -> (B, prefix + V, D): the ViT on those patches only (MAE, section 3)."""
+    (x,) = deque(layers(vit, images, ids_keep), maxlen=1)
+    return vit.norm(x)
+
+
+def layers(vit: Encoder, images: Tensor, ids_keep: Tensor) -> Iterator[Tensor]:
+    """What each block of `encode_visible` gives, (B, prefix + V, D): who stops asking computes no more."""
     tokens, rope = embed(vit, images)
     prefix, patches = tokens[:, : vit.num_prefix_tokens], tokens[:, vit.num_prefix_tokens :]
     kept = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[-1]))
@@ -167,7 +174,7 @@ def encode_visible(vit: Encoder, images: Tensor, ids_keep: Tensor) -> Tensor:
     for block, angles in zip(vit.blocks, rotations(vit, rope, ids_keep), strict=True):
         rotated: dict[str, Any] = {} if angles is None else {"rope": angles}
         x = run(block, x, vit.grad_checkpointing, **rotated)
-    return vit.norm(x)
+        yield x
 
 
 def run(block: nn.Module, x: Tensor, recompute: bool, **rotated: Any) -> Tensor:

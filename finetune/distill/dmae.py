@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...engine.objective import Batch, Objective
-from ...pretrain.encoder import Encoder, initialise
+from ...pretrain.encoder import Encoder, initialise, layers
 from ...pretrain.miram import Miram
-from .teacher import Teacher, block_at, layers, shared
+from .teacher import Teacher, block_at, shared
 
 
 class Dmae(Objective):

@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...data.views import Normalisation
 from ...engine.errors import UserError
-from ...pretrain.encoder import Encoder, embed, normalisation, rotations, run
-from ...pretrain.masking import gather_cells
+from ...pretrain.encoder import Encoder, layers, normalisation
 from ...pretrain.weights.loading import read_encoder
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -102,16 +101,6 @@ class Attended(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             self.calls.append((args[0], args[1], args[2]))
         return function(*args, **(kwargs or {}))
-
-
-def layers(vit: Encoder, images: Tensor, ids_keep: Tensor) -> Iterator[Tensor]:
-    """What each block of `encode_visible` gives, (B, prefix + V, D): who stops asking computes no more."""
-    tokens, rope = embed(vit, images)
-    prefix, patches = tokens[:, : vit.num_prefix_tokens], tokens[:, vit.num_prefix_tokens :]
-    x = vit.norm_pre(torch.cat([prefix, gather_cells(patches, ids_keep)], dim=1))
-    for block, angles in zip(vit.blocks, rotations(vit, rope, ids_keep), strict=True):
-        x = run(block, x, vit.grad_checkpointing, **({} if angles is None else {"rope": angles}))
-        yield x
 
 
 @contextmanager
