@@ -72,7 +72,7 @@ def front_matter(source: Source, form: str) -> str:
     terms = {terms_of(licence) for licence in source.licences}
     bound = FORBIDDEN in terms, RESTRICTED in terms
     licence = {"license": "other", "license_name": "no-release" if bound[0] else "terms-of-the-data"}
-    library = {"timm": "timm", "hf": "transformers"}.get(form, "onnx" if form.startswith("onnx") else form)
+    library = {"timm": "timm", "hf": "transformers"}.get(form, "onnx")
     task = {
         "encoder": "image-feature-extraction",
         "classifier": "image-classification",
@@ -119,6 +119,7 @@ def content_of(
         "source": {"digest": source.digest, "method": source.method, "provenance": public(source.provenance)},
         "data": [{**licence, "terms": terms_of(licence)} for licence in source.licences],
         "trained_on": source.trained_on,
+        "judged": source.judged,
         **{name: getattr(source, name) for name in same},
         "thresholds": source.thresholds,
         "reading": source.reading,
@@ -131,7 +132,8 @@ def content_of(
 
 def intended_use(source: Source) -> str:
     """What it is for, and what not."""
-    said = PURPOSE[source.kind].format(task=source.task, classes=", ".join(source.classes))
+    named = source.classes[source.kind == "segmenter" :]  # what is outlined is no background
+    said = PURPOSE[source.kind].format(task=source.task, classes=", ".join(named))
     return f"{said} {NO_DEVICE}"
 
 
@@ -179,7 +181,8 @@ def readme(source: Source, form: str, content: Mapping[str, Any], written: Writt
         "Input": input_lines(source),
         "Output": output_lines(source),
         "Data": data_lines(source),
-        "Does it compute the same": [*parity_lines(content["parity"]), *said],
+        "How good it is": judged_lines(source),
+        "Does it compute the same": [*parity_lines(content["parity"]), *(f"- {one}" for one in said)],
         "Notes": [f"- {note}" for note in content["notes"]],
         "Limits": [f"- {limit}" for limit in content["limits"]],
     }
@@ -195,31 +198,55 @@ def input_lines(source: Source) -> Iterator[str]:
     height, width = source.image_size
     mean, std = (", ".join(f"{x:.6g}" for x in values) for values in (source.mean, source.std))
     yield f"- float32 of shape (batch, {source.channels}, {height}, {width}), height before width."
-    yield "- Pixels as fractions of the largest value that their format allows (4095 of 12 bits), black air, then"
-    yield f"  (pixel - mean) / std with mean {mean} and std {std}, channel by channel."
-    if source.reading:
-        yield f"- As it was read in training: {spelled(source.reading)}."
+    yield "- Pixels as fractions of the largest value that their format allows, 4095 of 12 bits; air is 0, so invert"
+    yield "  films whose air is white (MONOCHROME1). Then (pixel - mean) / std, channel by channel:"
+    yield f"  mean {mean}, std {std}."
+    if source.kind == "encoder":
+        yield "- `miram probe` scales a film until it covers this frame, cuts it into even windows and averages their"
+        yield "  features."
+    reading = {name: value for name, value in source.reading.items() if name != "preprocessing"}
+    if said := spelled(reading):
+        yield f"- As in training: {said}."
+    for how in filter(None, source.reading.get("preprocessing", [])):
+        yield f"- Films became images by `miram ingest` with {spelled(how)}."
 
 
-def spelled(reading: Mapping[str, Any]) -> str:
+def spelled(settings: Mapping[str, Any]) -> str:
     """Settings in one line."""
-    return "; ".join(f"{name} {value}" for name, value in reading.items() if value not in (None, (), []))
+    words = {True: "yes", False: "no"}
+    known = {name: value for name, value in settings.items() if value is not None and value not in ((), [])}
+    return ", ".join(f"{k} {words[v] if isinstance(v, bool) else v}" for k, v in known.items())
 
 
 def output_lines(source: Source) -> Iterator[str]:
     """What the network gives."""
     if source.kind == "encoder":
-        yield "Features, before any classifier. Masked autoencoders are often best read by the mean of their patch"
-        yield "tokens."
+        yield from feature_lines(source)
     elif source.kind == "segmenter":
         yield f"Logits (batch, {len(source.classes)}, height, width) of {', '.join(source.classes)}: softmax over"
         yield "the classes gives probabilities of pixels."
     else:
         yield f"Logits (batch, {len(source.outputs)}): {', '.join(source.outputs)}. Probabilities are"
         yield f"{PROBABILITIES.get(source.kind_of_task, 'softmax(logits)')}, temperature {source.temperature:.6g}."
+    yield from threshold_lines(source)
+
+
+def feature_lines(source: Source) -> Iterator[str]:
+    """What an encoder's numbers are."""
+    if source.vit is None:
+        yield "Features, before any classifier."
+        return
+    pooled = "the class token" if source.vit.global_pool == "token" else "the mean of the patch tokens"
+    yield f"Features (batch, {source.vit.num_features}): {pooled} behind the last norm. Masked autoencoders are often"
+    yield "best read by the mean of their patch tokens, which the formats that give all tokens allow."
+
+
+def threshold_lines(source: Source) -> Iterator[str]:
+    """From which probability on the model says yes, and to what."""
     for level, thresholds in source.thresholds.items():
-        if thresholds:
-            yield f"- Yes from probability {', '.join(f'{t:.6g}' for t in thresholds)} on, {level} by {level}."
+        names = (source.outputs if source.kind == "classifier" else source.classes)[-len(thresholds) :]
+        for name, threshold in zip(names, thresholds, strict=False):
+            yield f"- `{name}` from probability {threshold:.6g} on, of one {level}."
 
 
 def data_lines(source: Source) -> Iterator[str]:
@@ -234,6 +261,18 @@ def data_lines(source: Source) -> Iterator[str]:
         yield f"Tuned on {source.trained_on['images']} images of {source.trained_on['patients']} patients."
 
 
+def judged_lines(source: Source) -> Iterator[str]:
+    """What the run's own test found, before anything was exported."""
+    if not (of := source.judged):
+        return
+    low, high = of.get("interval") or (None, None)
+    sure = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
+    level = f" by {of['level']}" if of.get("level") else ""
+    patients = f"{of['n_images']} images of {of['n_patients']} patients"
+    yield f"{of['metric']} {of['value']:.3f}{sure}{level} on {patients} ({of['split']}), as `miram {of['stage']}`"
+    yield "judged it: nobody was judged by a model that learnt from her."
+
+
 def cell(text: str) -> str:
     """Text that no table takes for its own."""
     return " ".join(text.replace("|", "/").split())
@@ -242,9 +281,9 @@ def cell(text: str) -> str:
 def parity_lines(parity: Mapping[str, Any] | None) -> Iterator[str]:
     """What was compared, and how far it was off."""
     if parity is None:
-        yield "It was not run here."
+        yield "- It was not run here."
         return
-    allowed = "" if parity["tolerance"] is None else f" ({parity['tolerance']:.3g} would have been allowed)"
-    yield f"Largest difference of an output from the source's: {parity['largest_difference']:.3g}{allowed}."
+    meant = "another output is meant" if parity["tolerance"] is None else f"rounding may do {parity['tolerance']:.3g}"
+    yield f"- Largest difference of an output from the run's own: {parity['largest_difference']:.3g}; {meant}. Outputs"
     inputs = "; ".join(f"{name} ({count})" for name, count in parity["inputs"].items())
-    yield f"Outputs reach {parity['largest_output']:.3g}. Compared on {inputs}."
+    yield f"  reach {parity['largest_output']:.3g}. Compared on {inputs}."

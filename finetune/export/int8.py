@@ -1,6 +1,6 @@
 """The network with int8 weights, by two engines: an ONNX file for ONNX Runtime, plain tensors for torch.
 
-FOLDER/model.int8.onnx          as model.onnx (onnx_file.py); what a layer multiplies is made int8 as it comes
+FOLDER/model.int8.onnx          as model.onnx (onnx_file.py); both factors of a product are uint8, inputs as they come
 FOLDER/model.int8.safetensors   state of the network; of every int8 matrix NAME its parts NAME:qdata (int8), NAME:scale
                                 and NAME:zero_point, one a row
 FOLDER/model.int8.json          {"schema", "sha256": of the file, "torchao": its version}
@@ -110,7 +110,7 @@ def quantise_onnx(wide: Path, narrow: Path, large: bool) -> None:
         narrow,
         op_types_to_quantize=["MatMul"],  # a Gemm is made one first
         per_channel=True,
-        weight_type=QuantType.QInt8,
+        weight_type=QuantType.QUInt8,  # sums of products with signed ones are cut off by processors without VNNI
         use_external_data_format=large,
     )
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ...engine.errors import RunFailed, UserError
 from ...engine.files import read_json
-from ...engine.run import STATE
+from ...engine.run import RESULT, STATE
 from ...pretrain.encoder import Encoder, load_ours, weights_digest
 from ..classify.cards import ModelCard, pixel_settings
-from ..classify.locked import Locked, read_locked, read_model
+from ..classify.locked import read_locked
 from ..peft.base import Tuned
-from ..sealed import refuse_unfinished, stage_of, word
+from ..sealed import stage_of, word
 from ..segment.decoders import EncoderDecoder
 from ..segment.locked import SegmentCard, read_segmenter
 from .licences import NEVER_TRAINED, Licence, home_of, of_pretraining, of_tuning, provenance_of
@@ -51,6 +51,7 @@ class Source:
         reading: how a film becomes an input, by the names of the run's settings.
         method: how it was tuned.
         trained_on: numbers of images and patients it was tuned on.
+        judged: how well it did in its run's own test: metric, value, interval, level, n_images, n_patients.
         provenance: how the encoder came about.
         licences: [{"dataset", "licence", "used_for"}].
         digest: sha256 of the weights of `module`.
@@ -74,6 +75,7 @@ class Source:
     reading: dict[str, Any] = field(default_factory=dict)
     method: str = ""
     trained_on: dict[str, int] = field(default_factory=dict)
+    judged: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     licences: list[Licence] = field(default_factory=list)
     digest: str = ""
@@ -104,7 +106,7 @@ def read_source(run: str | Path, encoder: str | None = None) -> Source:
         if stage == "segment":
             found = of_segmenter(folder, encoder)
         elif stage in ("finetune", "sweep", "federate"):
-            found = of_classifier(folder, stage, encoder)
+            found = of_classifier(folder, encoder)
         elif encoder is not None:
             raise UserError(f"--encoder: {run} is an encoder itself and stands on none; leave it out")
         else:
@@ -155,14 +157,14 @@ def refuse_unready(run: Path, stage: str) -> None:
         raise UserError(f"{run} is not finished ({status}); repeat the command that made it, and it goes on")
 
 
-def of_classifier(folder: Path, stage: str, encoder: str | None) -> Source:
+def of_classifier(folder: Path, encoder: str | None) -> Source:
     """A tuned classifier, its adapter merged where the method merges.
 
     Raises:
         UserError: it cannot be read, or it reads tiles.
         RunFailed: merging changed what it computes.
     """
-    locked = read_tuned(folder, stage, encoder)
+    locked = read_locked(folder, encoder)
     card, tuned = locked.card, locked.model
     if not isinstance(tuned, Tuned):
         raise UserError(
@@ -190,8 +192,8 @@ def of_classifier(folder: Path, stage: str, encoder: str | None) -> Source:
         provenance=provenance,
         licences=[*of_pretraining(provenance), *of_tuning(home_of(folder), card)],
         digest=weights_digest(module),
-        notes=[*notes, FRAMES[card.input]],
-        **tuning(card),
+        notes=[*notes, FRAMES[card.input], joining(card)],
+        **tuning(card, home_of(folder)),
         home=home_of(folder),
     )
 
@@ -202,18 +204,6 @@ FRAMES = {
     "whole": "It takes one frame, into which `miram finetune` fitted the whole film: the same scale down and across, "
     "and air (0 before normalisation) beside it.",
 }
-
-
-def read_tuned(folder: Path, stage: str, encoder: str | None) -> Locked:
-    """The model of a finished run of `miram finetune` or `miram federate`.
-
-    Raises:
-        UserError: there is none.
-    """
-    if stage != "federate":
-        return read_locked(folder, encoder)
-    refuse_unfinished(folder, "federate")
-    return read_model(folder / "model", encoder)
 
 
 def of_segmenter(folder: Path, encoder: str | None) -> Source:
@@ -249,7 +239,7 @@ def of_segmenter(folder: Path, encoder: str | None) -> Source:
         licences=[*(of_pretraining(provenance) if card.base else []), *of_tuning(home_of(folder), card)],
         digest=weights_digest(module),
         notes=notes,
-        **tuning(card),
+        **tuning(card, home_of(folder)),
         home=home_of(folder),
     )
 
@@ -290,13 +280,29 @@ def merged(tuned: Tuned, images: Tensor, around: nn.Module | None = None) -> tup
     return vit, [f"Tuned by {tuned.name}, which is merged into the weights."]
 
 
+def joining(card: ModelCard) -> str:
+    """How the probabilities of images become those of breasts and patients, in words."""
+    several = card.target.kind == "multiclass"
+    views, breasts = ("mean" if how == "mean" or several else "largest" for how in vars(card.readout).values())
+    return f"A breast's probability is the {views} over its images, a patient's the {breasts} over her breasts."
+
+
 def statistics(card: ModelCard | SegmentCard) -> dict[str, Any]:
     """Channels and their normalisation, a number for each."""
     mean, std = (np.broadcast_to(np.atleast_1d(x), card.channels).tolist() for x in (card.mean, card.std))
     return {"channels": card.channels, "mean": tuple(mean), "std": tuple(std)}
 
 
-def tuning(card: ModelCard | SegmentCard) -> dict[str, Any]:
-    """How, and on how much, a model was tuned."""
+def tuning(card: ModelCard | SegmentCard, home: Path) -> dict[str, Any]:
+    """How, and on how much, a model was tuned, and how it did."""
     numbers = {"images": card.trained_on.images, "patients": card.trained_on.patients}
-    return {"method": card.method or "", "trained_on": numbers}
+    return {"method": card.method or "", "trained_on": numbers, "judged": judged(home)}
+
+
+def judged(home: Path) -> dict[str, Any]:
+    """What a run's own test found; nothing of a model that was copied without its run."""
+    if not (home / "result.json").is_file():
+        return {}
+    result = read_json(home / "result.json", RESULT)
+    same = ("stage", "metric", "value", "interval", "level", "n_images", "n_patients", "split")
+    return {name: result.get(name) for name in same}

@@ -199,10 +199,16 @@ def test_a_configuration_with_a_finetune_section_is_a_fine_tuning_s(
     monkeypatch.setattr(command, "start_stage", lambda *given: started.append(("encoder", *given[:2])))
     logits = tmp_path / "logits.yaml"
     logits.write_text("finetune: {encoder: random}")
+    with pytest.raises(UserError, match=r"finetune\.teacher is not set"):
+        command.start("miram distill", [str(logits), "--seed=1"])
+    named = [str(logits), "--finetune.teacher.run=RUN"]
+    command.start("miram distill", named)
+    logits.write_text("finetune: {encoder: random, teacher: {run: RUN}}")
     command.start("miram distill", [str(logits), "--seed=1"])
     command.start("miram distill", ["distill/demo"])
     command.start("miram distill", ["--help"])
     assert started == [
+        ("tuning", "miram distill", named),
         ("tuning", "miram distill", [str(logits), "--seed=1"]),
         ("encoder", "miram distill", ["distill/demo"]),
         ("encoder", "miram distill", ["--help"]),

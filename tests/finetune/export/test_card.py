@@ -6,13 +6,11 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from lockables import lock, write_encoder
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from miram.finetune.classify.locked import read_locked
 from miram.finetune.export import stage
 from miram.finetune.export.card import CARD, EXPORT, README, release_of, write_card
 from miram.finetune.export.licences import ATTRIBUTED, FORBIDDEN, RESTRICTED, UNSTATED, terms_of
-from miram.finetune.export.parity import Written, difference, parity
+from miram.finetune.export.parity import Written
 from miram.finetune.export.source import Source, read_source
 from miram.finetune.export.stage import export
 
@@ -114,30 +112,37 @@ def test_provenance_loses_its_places(tmp_path: Path) -> None:
     assert "secret" not in text
 
 
-# ---------------------------------------------------------------------------------------------- parity
+# ---------------------------------------------------------------------------------------------- what it says
 
 
-def test_parity_is_the_largest_difference_of_any_batch() -> None:
-    inputs = {"a": torch.zeros(2, 1, 4, 4), "b": torch.ones(3, 1, 4, 4)}
-    found = parity(lambda x: x * 3, lambda x: x * 3.25, inputs, 1e-4)
-    assert (found.largest_difference, found.largest_output, found.inputs) == (0.25, 3.0, {"a": 2, "b": 3})
-    assert found.tolerance == pytest.approx(3e-4)
-    assert not found.holds
-    assert parity(lambda x: x, lambda x: x + 5e-5, inputs, 1e-4).holds
-    assert parity(lambda x: x, lambda x: x + 1, inputs, None).holds
-
-
-@pytest.mark.parametrize("bad", [lambda x: x / 0, lambda x: x * float("nan")])
-def test_what_is_not_finite_never_holds(bad: Callable[[Tensor], Tensor]) -> None:
-    inputs = {"a": torch.ones(2, 1, 4, 4)}
-    assert difference(inputs["a"], bad(inputs["a"])) == float("inf")
-    assert not parity(lambda x: x, bad, inputs, 1e-4).holds
-    assert not parity(bad, bad, inputs, 1e-4).holds
-    assert not parity(bad, bad, inputs, None).holds
-
-
-def test_outputs_of_another_shape_never_hold() -> None:
-    assert not parity(lambda x: x, lambda x: x[:, :, :2], {"a": torch.ones(2, 1, 4, 4)}, None).holds
+def test_the_card_tells_an_engineer_what_goes_in_what_comes_out_and_what_yes_means(tmp_path: Path) -> None:
+    known = {
+        "kind": "classifier",
+        "task": "density",
+        "kind_of_task": "binary",
+        "classes": ("fatty", "dense"),
+        "temperature": 0.5,
+        "thresholds": {"image": (0.25,), "breast": (0.5,)},
+        "reading": {"input": "whole", "preprocessing": [{"breast": True, "margin": 0.0, "max_size": None}]},
+        "judged": {"stage": "finetune", "metric": "AUC", "value": 0.9, "interval": [0.8, 0.95], "level": "image"}
+        | {"n_images": 40, "n_patients": 10, "split": "3 folds by patient"},
+    }
+    content, text, front = card_of(tmp_path, source_with(PHANTOM, **known))
+    assert front["pipeline_tag"] == "image-classification"
+    for said in (
+        "float32 of shape (batch, 1, 8, 8)",
+        "mean 0.1, std 0.2.",
+        "with breast yes, margin 0.0.",
+        "`dense` from probability 0.25 on, of one image.",
+        "`dense` from probability 0.5 on, of one breast.",
+        "AUC 0.900 [0.800, 0.950] by image on 40 images of 10 patients (3 folds by patient)",
+    ):
+        assert said in text
+    assert content["judged"]["value"] == 0.9
+    segmenter = source_with(PHANTOM, kind="segmenter", classes=("background", "mass"), thresholds={"pixel": (0.3,)})
+    content, text, _ = card_of(tmp_path, segmenter)
+    assert "it outlines mass." in content["intended_use"]
+    assert "`mass` from probability 0.3 on, of one pixel." in text
 
 
 # ---------------------------------------------------------------------------------------------- the folder
@@ -203,6 +208,55 @@ def test_what_computes_something_else_leaves_nothing(copy: Path, monkeypatch: py
     with pytest.raises(RunFailed, match=r"differs from its source by 0\.01.*nothing was written"):
         export(copy, "timm")
     assert not (copy / "export").exists()
+
+
+def test_an_engine_that_loses_too_much_is_left_out_and_where_none_is_left_nothing_is_written(
+    copy: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def engine(source: Source, folder: Path, name: str) -> Written:
+        (folder / name).write_bytes(b"weights")
+
+        def upside_down(images: Tensor) -> Tensor:
+            return -source.module(images)
+
+        # of a source and its opposite one judges below 0.5
+        return Written([name], source.module if name == "same" else upside_down, tolerance=None)
+
+    settings = {"data": [str(phantoms)], "split": "test"}
+    monkeypatch.setattr(stage, "write_int8", engine)
+    monkeypatch.setattr(stage, "ENGINES", ("same", "opposite"))
+    before = stage.Guard(read_source(copy), copy, [str(phantoms)], "test").change(read_source(copy).module).before
+    worse = abs(2 * before.value - 1)
+    assert worse > 0.02
+    flip = -1 if before.value < 0.5 else 1
+    monkeypatch.setattr(stage, "read_source", lambda *_: flipped(read_source(copy), flip))
+    folder = export(copy, "int8", **settings)
+    assert sorted(path.name for path in folder.iterdir()) == [README, CARD, "same"]
+    assert "opposite was made and left out, as it lost more than it may: AUC" in (folder / README).read_text()
+    assert "left out" in capsys.readouterr().out
+    monkeypatch.setattr(stage, "ENGINES", ("opposite",))
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RunFailed, match=r"opposite: AUC of mass by image fell by .* more than --margin 0\.01"):
+        export(copy, "int8", **settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    export(copy, "int8", margin=1.0, **settings)
+    assert (folder / "opposite").is_file()
+
+
+class Times(nn.Module):
+    """A network's outputs times a number."""
+
+    def __init__(self, inside: nn.Module, by: float):
+        super().__init__()
+        self.inside, self.by = inside, by
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.by * self.inside(images)
+        return out
+
+
+def flipped(source: Source, by: float) -> Source:
+    return replace(source, module=Times(source.module, by))
 
 
 def test_an_export_that_fails_leaves_the_one_before(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from miram.engine.errors import RunFailed, UserError
 from miram.engine.metrics import Estimate
 from miram.finetune.classify.config import FinetuneConfig
 from miram.finetune.classify.locked import read_locked
-from miram.finetune.export.guard import Change, NotMeasured, change_of, refuse_worse
+from miram.finetune.export.guard import Change, Guard, NotMeasured, refuse_worse
 from miram.finetune.export.source import Source, read_source
 
 
@@ -55,7 +55,7 @@ def noisy(source: Source, amount: float) -> Any:
 
 def test_the_same_network_changes_nothing_whatever_the_bootstrap_draws(tuned: Path) -> None:
     source = read_source(tuned)
-    change = change_of(source, tuned, source.module, lambda images: source.module(images) + 0)
+    change = Guard(source, tuned).change(lambda images: source.module(images) + 0)
     assert (change.difference.value, change.difference.interval) == (0, (0, 0))
     assert change.before == change.after
     refuse_worse(change, 0.0)
@@ -63,7 +63,7 @@ def test_the_same_network_changes_nothing_whatever_the_bootstrap_draws(tuned: Pa
 
 def test_figures_are_those_of_scikit_learn_on_the_own_test_of_the_run(tuned: Path, phantoms: Path) -> None:
     source = read_source(tuned)
-    change = change_of(source, tuned, source.module, noisy(source, 3.0))
+    change = Guard(source, tuned).change(noisy(source, 3.0))
     shards = ShardDataset(phantoms, "test")
     truth = np.array(shards.labels("mass")).astype(int)
     logits = read_locked(tuned).logits(shards, np.arange(len(shards)))
@@ -82,14 +82,14 @@ def test_patients_that_the_model_learnt_from_are_refused_or_left_out(
 ) -> None:
     source = read_source(tuned)
     with pytest.raises(UserError, match="the model learnt from 6 patients of these"):
-        change_of(source, tuned, source.module, source.module, str(phantoms))
-    named = change_of(source, tuned, source.module, source.module, [str(phantoms)], "test")
-    assert named.before == change_of(source, tuned, source.module, source.module).before
+        Guard(source, tuned, str(phantoms)).change(source.module)
+    named = Guard(source, tuned, [str(phantoms)], "test").change(source.module)
+    assert named.before == Guard(source, tuned).change(source.module).before
     everybody = tmp_path / "everybody"
     lock(everybody, phantoms, encoder, split=None)
     (everybody / "config.yaml").write_text((tuned / "config.yaml").read_text())
     with pytest.raises(NotMeasured, match="the model learnt from all patients of its run's data; name others"):
-        change_of(source, everybody, source.module, source.module)
+        Guard(source, everybody).change(source.module)
 
 
 def test_without_images_nothing_is_measured_and_the_reason_is_said(
@@ -97,13 +97,13 @@ def test_without_images_nothing_is_measured_and_the_reason_is_said(
 ) -> None:
     source = read_source(encoder)
     with pytest.raises(NotMeasured, match="name them with --data"):
-        change_of(source, encoder, source.module, source.module)
+        Guard(source, encoder).change(source.module)
     source = read_source(tuned)
     moved = tmp_path / "moved"
     lock(moved, phantoms, encoder)
     (moved / "config.yaml").write_text((tuned / "config.yaml").read_text().replace(str(phantoms), "elsewhere"))
     with pytest.raises(NotMeasured, match="name where it lies with --data"):
-        change_of(source, moved, source.module, source.module)
+        Guard(source, moved).change(source.module)
 
 
 def test_an_encoder_is_judged_by_a_probe_of_its_features(phantoms: Path, encoder: Path) -> None:
@@ -113,11 +113,21 @@ def test_an_encoder_is_judged_by_a_probe_of_its_features(phantoms: Path, encoder
         return torch.zeros(len(images), 32)
 
     asked = {"data": str(phantoms), "task": "mass", "split": None, "replicates": 50}
-    change = change_of(source, encoder, source.module, blind, **asked)
+    change = Guard(source, encoder, **asked).change(blind)
     assert change.after.value == 0.5, "a blind probe tells nobody from anybody"
     assert change.before.value != 0.5
-    again = change_of(source, encoder, source.module, lambda images: 2 * source.module(images), **asked)
+    again = Guard(source, encoder, **asked).change(lambda images: 2 * source.module(images))
     assert again.difference.value == pytest.approx(0, abs=1e-6), "the probe standardises what it is given"
+
+
+def test_what_is_exported_is_judged_once_however_many_exports_there_are(tuned: Path) -> None:
+    source, seen = read_source(tuned), []
+    source.module.register_forward_hook(lambda *_: seen.append(1))
+    guard = Guard(source, tuned)
+    first = guard.change(lambda images: torch.zeros(len(images), 2))
+    asked = len(seen)
+    assert guard.change(lambda images: torch.ones(len(images), 2)) == first, "both say the same of everybody"
+    assert len(seen) == asked > 0
 
 
 CHANGE = Change("AUC", "mass", "test", *(Estimate(v, (v - 0.1, v + 0.1)) for v in (0.8, 0.75, -0.05)), 40, 10)
@@ -147,7 +157,7 @@ def test_a_change_is_told_with_its_intervals() -> None:
 def test_a_segmenter_is_judged_by_the_dice_of_images_it_did_not_learn_from(phantoms: Path, tmp_path: Path) -> None:
     made = run(phantoms, tmp_path / "run", encoder_at(tmp_path / "encoder"), image_size=[64, 32])
     source = read_source(made.folder)
-    own = change_of(source, made.folder, source.module, source.module, replicates=40)
+    own = Guard(source, made.folder, replicates=40).change(source.module)
     assert own.difference.value == 0
     said = result(made)
     assert own.before.value == pytest.approx(said["value"]), "as the run judged its own test"
@@ -157,5 +167,5 @@ def test_a_segmenter_is_judged_by_the_dice_of_images_it_did_not_learn_from(phant
         logits[:, 0] = 9
         return logits
 
-    change = change_of(source, made.folder, source.module, nothing, replicates=40)
+    change = Guard(source, made.folder, replicates=40).change(nothing)
     assert (change.after.value, change.metric) == (0, "mean Dice")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
 from safetensors import safe_open
 from sources import SIZE, classifier, images, source_of
 from torch import nn
@@ -15,7 +13,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from vits import small
 
 from miram.engine.errors import UserError
-from miram.finetune.export.int8 import CARD, CONFIG, ONNX, TENSORS, load_int8, write_int8
+from miram.finetune.export.int8 import CARD, CONFIG, TENSORS, load_int8, write_int8
 from miram.finetune.peft import apply
 
 
@@ -76,24 +74,3 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 def test_a_network_without_linear_layers_is_refused(engine: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="int8 is of linear layers, and this segmenter has none; export it with --to"):
         write_int8(source_of(nn.Conv2d(1, 2, 3), "segmenter"), tmp_path, engine)  # type: ignore[arg-type]
-
-
-def test_every_matrix_of_a_linear_layer_is_int8_for_onnx_runtime_and_nothing_else_is(tmp_path: Path) -> None:
-    source = classifier()
-    written = write_int8(source, tmp_path, "onnxruntime")
-    assert written.files == [ONNX]
-    model = onnx.load(tmp_path / ONNX)
-    narrow = [one for one in model.graph.initializer if one.data_type == TensorProto.INT8 and len(one.dims) == 2]
-    assert sorted(numpy_helper.to_array(one).size for one in narrow) == sorted(
-        layer.weight.numel() for layer in source.module.modules() if isinstance(layer, nn.Linear)
-    )
-    assert {"classes", "mean", "thresholds"} <= {one.key for one in model.metadata_props}
-    assert b"site-packages" not in (tmp_path / ONNX).read_bytes()
-    assert written.runner is not None
-    for count in (1, 4):
-        with torch.inference_mode():
-            wanted = source.module(images(count))
-        off = (written.runner(images(count)) - wanted).abs().max()
-        assert 0 < off < 0.1 * wanted.abs().max()
-    facts = written.facts["int8_onnxruntime"]
-    assert facts["bytes"] == (tmp_path / ONNX).stat().st_size < facts["float32_bytes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,15 +14,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, numpy_helper
 from sources import SIZE, classifier, images, source_of
 from torch import Tensor, nn
 from vits import small
 
 import miram
 from miram.engine.errors import RunFailed, UserError
-from miram.finetune.export import onnx_file
+from miram.finetune.export import int8, onnx_file
 from miram.finetune.export.onnx_file import FILE, exported, networked, saved, write_onnx
-from miram.finetune.export.parity import Written
+from miram.finetune.export.parity import Written, agreement
 from miram.finetune.export.source import Source
 from miram.finetune.peft import METHODS, apply
 from miram.finetune.segment.models import MODELS, NEEDS_ENCODER, build
@@ -121,6 +123,33 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         write_onnx(classifier(), tmp_path)
 
 
+def test_every_matrix_of_a_linear_layer_is_of_eight_bits_for_onnx_runtime_and_nothing_else_is(
+    made: tuple[Source, Any], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written_before(_: Source, folder: Path) -> Written:
+        return Written([Path(shutil.copy(file, folder)).name], None)
+
+    monkeypatch.setattr(int8, "write_onnx", written_before)
+    source = made[0]
+    written = int8.write_int8(source, tmp_path, "onnxruntime")
+    assert written.files == [int8.ONNX]
+    model = onnx.load(tmp_path / int8.ONNX)
+    narrow = [one for one in model.graph.initializer if one.data_type == TensorProto.UINT8 and len(one.dims) == 2]
+    assert sorted(numpy_helper.to_array(one).size for one in narrow) == sorted(
+        layer.weight.numel() for layer in source.module.modules() if isinstance(layer, nn.Linear)
+    )
+    assert {"classes", "mean", "thresholds"} <= {one.key for one in model.metadata_props}
+    assert b"site-packages" not in (tmp_path / int8.ONNX).read_bytes()
+    assert written.runner is not None
+    with torch.inference_mode():
+        wanted = source.module(images(4))
+    said = written.runner(images(4))
+    assert 0 < (said - wanted).abs().max() < 0.1 * wanted.abs().max()
+    assert torch.equal(written.runner(images(4)[2:3]), said[2:3]), "what is said of an image depends on its neighbours"
+    facts = written.facts["int8_onnxruntime"]
+    assert facts["bytes"] == (tmp_path / int8.ONNX).stat().st_size < facts["float32_bytes"]
+
+
 def agrees(written: Written, source: Source) -> None:
     assert written.runner is not None
     for count in (1, 2, 5):
@@ -136,6 +165,10 @@ def test_merged_tokens_are_written_as_torch_merges_them(tmp_path: Path) -> None:
     written = write_onnx(source, tmp_path, 2)
     assert written.tolerance is None
     assert written.facts["onnx"]["merge_tokens"] == 2
+    assert written.runner is not None
+    assert written.twin is not None
+    inputs = {"noise": images(5)}
+    assert agreement(written.twin, written.runner, inputs).apart == 0
     agrees(written, replace(source, module=networked(source, 2)))
     off = (written.runner(images(5)) - source.module(images(5))).abs().max() if written.runner else 0
     assert off > 1e-3, "nothing was merged"

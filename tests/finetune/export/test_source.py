@@ -46,6 +46,25 @@ def test_an_encoder_is_the_very_one_of_its_file(encoder: Path) -> None:
     assert source.digest == read_source(encoder / "encoder.safetensors").digest
 
 
+def test_a_distilled_encoder_is_one_too_and_its_teachers_data_counts(encoder: Path, tmp_path: Path) -> None:
+    student = write_encoder(tmp_path / "student")
+    card = json.loads((student / "encoder.json").read_text())
+    learnt = {"data": [{"dataset": "a", "licence": "CC BY 4.0", "records": "0"}]}
+    behind = {"data": [{"dataset": "b", "licence": "unknown", "records": "1"}]}
+    card["provenance"] = learnt | {"objective": "dmae", "teacher": {"from": "/b", "digest": "0", "provenance": behind}}
+    (student / "encoder.json").write_text(json.dumps(card))
+    finished(student, "distill", "preempted")
+    with pytest.raises(UserError, match=r"is not finished \(preempted\); repeat"):
+        read_source(student)
+    source = read_source(finished(student, "distill"))
+    assert source.kind == "encoder"
+    assert source.digest == read_source(encoder).digest, "the same weights, whoever taught them"
+    assert [(x["dataset"], x["used_for"]) for x in source.licences] == [
+        ("a", "pretraining"),
+        ("b", "pretraining of its teacher"),
+    ]
+
+
 @pytest.mark.parametrize("method", ["linear", "full", "lora", "dora", "lora_qkv", "ssf", "vpt_deep", "adaptformer"])
 def test_a_classifier_says_what_the_locked_model_says(
     method: str, phantoms: Path, encoder: Path, tmp_path: Path
