@@ -17,7 +17,9 @@ from ...engine.run import Run
 from ...engine.track import Meter
 from ...pretrain.encoder import normalisation
 from ..classify.bench import Bench
+from ..classify.bootstrap import Draws
 from ..classify.cards import card_for
+from ..classify.judging import what_intervals_hold
 from ..classify.locked import write_locked
 from ..classify.units import LEVELS
 from ..peft.registry import describe
@@ -100,7 +102,7 @@ class Trial:
         draws = judges.draws()
         scored = {name: judges.scored(self.said(name, of, judges.images), draws) for name, of in orders.items()}
         told = content(judges, scored, records)
-        self.run.result(told | {"split": self.split, "notes": self.notes(judges)})
+        self.run.result(told | {"split": self.split, "notes": self.notes(judges, draws)})
 
     def said(self, name: str, order: Order, images: Ints) -> Floats:
         """(j, w) of all tests by a model."""
@@ -123,7 +125,7 @@ class Trial:
             return "official train and test"
         return f"{self.settings.federate.holdout:.0%} of each site's patients"
 
-    def notes(self, judges: Judges) -> list[str]:
+    def notes(self, judges: Judges, draws: Draws) -> list[str]:
         """What the figures hold."""
         settings, bench = self.settings, self.bench
         rows = [int(row) for row in bench.rows(judges.images)]
@@ -131,4 +133,5 @@ class Trial:
             seen(bench.shards, settings.data, settings.finetune.encoder, rows),
             "Nothing was searched, and no model saw a judged image or another one of its patient at the site that "
             "judges. The kept model decides at 0.5, at temperature 1: nothing was held out to choose them by.",
+            what_intervals_hold(draws, bench.section.replicates),
         ]

@@ -110,7 +110,7 @@ class Ingested:
     done: CompletedProcess[str]
 
 
-@pytest.fixture(scope="module", params=["breast", "no-breast"])
+@pytest.fixture(scope="module", params=["breast", pytest.param("no-breast", marks=pytest.mark.slow)])
 def ingested(
     request: pytest.FixtureRequest,
     planted: Planted,

@@ -116,10 +116,8 @@ def test_a_killed_run_ends_in_the_same_bytes(
 # ---------------------------------------------------------------------------------------------- other objectives, fp16
 
 
-@pytest.mark.parametrize(
-    ("world", "workers"),
-    [(1, 2), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (2, 2)])
+@pytest.mark.slow
 def test_a_killed_fp16_run_goes_on_at_the_same_loss_scale(
     world: int, workers: int, full: list[str], tmp_path: Path
 ) -> None:
@@ -146,7 +144,8 @@ def test_a_killed_fp16_run_goes_on_at_the_same_loss_scale(
     assert {"overflowed_steps" in line for line in lines[4:]} == {True, False}
 
 
-@pytest.mark.parametrize(("world", "workers"), [(2, 0), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (1, 2)])
+@pytest.mark.slow
 def test_a_killed_moco_v3_run_ends_in_the_same_bytes(world: int, workers: int, tiny: list[str], tmp_path: Path) -> None:
     """Batch norm's statistics and the slow copy are part of where it stands."""
     arguments = [*tiny, *(option for option in FULL if "scales" not in option and "tissue" not in option)]

@@ -160,7 +160,7 @@ def acting(act: Callable[[], Any], call: int, rank: int = 0) -> Callable[[int], 
     return spoil
 
 
-@pytest.mark.parametrize("act", [pytest.param(without_memory, marks=slow), too_large])
+@pytest.mark.parametrize("act", [pytest.param(without_memory, marks=slow), pytest.param(too_large, marks=slow)])
 def test_where_memory_runs_out_the_plan_tells_what_would_fit(
     act: Callable[[], Any], settings: list[str], calm: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -287,6 +287,7 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}
 
 
+@slow
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(miram: Command, settings: list[str], tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     done = miram("pretrain", "pretrain/demo", *settings, "--dry-run", "--out=run", cwd=tmp_path)

@@ -141,6 +141,7 @@ def test_a_loss_beyond_the_margin_stops_the_export_and_says_how_large_it_is() ->
         r"--margin 0.04; nothing was written",
     ):
         refuse_worse(CHANGE, 0.04, "model")
+    refuse_worse(Change("AUC", "mass", "test", *(Estimate(v, (v, v)) for v in (0.8, 0.5, 0.5 - 0.8)), 40, 10), 0.3)
     better = Change("AUC", "mass", "test", CHANGE.after, CHANGE.before, Estimate(0.05, (0.0, 0.1)), 40, 10)
     refuse_worse(better, 0.0)
 

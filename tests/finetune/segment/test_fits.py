@@ -39,6 +39,7 @@ def test_marks_begin_below_the_threshold_of_masks() -> None:
     assert rules_of(section, (0.02,)).iou == 0.2
 
 
+@pytest.mark.slow
 def test_the_kept_model_says_what_every_rank_said_also_with_running_statistics(
     phantoms: Path, encoder: Path, tmp_path: Path
 ) -> None:
@@ -54,6 +55,7 @@ def test_the_kept_model_says_what_every_rank_said_also_with_running_statistics(
         assert np.array_equal(segmenter.mask(segmenter.probabilities(shards[keys[key]])), mask), key
 
 
+@pytest.mark.slow
 def test_where_one_rank_cannot_judge_all_stop_and_say_so(
     phantoms: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
