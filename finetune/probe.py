@@ -144,12 +144,14 @@ def differences(trial: Trial, probed: list[Probed]) -> Iterator[dict[str, object
 def tables(trial: Trial, probed: list[Probed]) -> Iterator[dict[str, object]]:
     """For each method with encoders beside the first: their size, and the share of its figure that they keep."""
     metric, by_chance = trial.task.metric, chance(trial.task.metric, len(trial.task.classes))
-    for prefix, (first, *beside), _ in by_method(trial, probed):
+    for prefix, (first, *beside), controls in by_method(trial, probed):
         if not beside:
             continue
+        untrained = [(f"mean of {len(controls)} random", controls)] if controls else []
+        groups = [(p.encoder.name, [p]) for p in (first, *beside)] + untrained
         found = [
-            [p.encoder.name, p.parameters, cell(p.estimate), cell(share(p, first)), cell(share(p, first, by_chance))]
-            for p in (first, *beside)
+            [name, of[0].parameters, cell(mean_of(of)), cell(share(of, first)), cell(share(of, first, by_chance))]
+            for name, of in groups
         ]
         yield {
             "title": f"{prefix}share of the first encoder's figure",
@@ -159,10 +161,11 @@ def tables(trial: Trial, probed: list[Probed]) -> Iterator[dict[str, object]]:
         }
 
 
-def share(of: Probed, first: Probed, by_chance: float = 0.0) -> Estimate:
-    """What part of the first encoder's figure, or of what it has above chance, another one has."""
+def share(of: list[Probed], first: Probed, by_chance: float = 0.0) -> Estimate:
+    """What part of the first encoder's figure, or of what it has above chance, others have in the mean."""
+    mean = np.mean([np.r_[p.value, p.samples] for p in of], axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = (np.r_[of.value, of.samples] - by_chance) / (np.r_[first.value, first.samples] - by_chance)
+        shares = (mean - by_chance) / (np.r_[first.value, first.samples] - by_chance)
     shares = np.where(np.isfinite(shares), shares, np.nan)
     return Estimate.of(float(shares[0]), shares[1:])
 

@@ -322,7 +322,9 @@ def test_a_share_is_of_the_first_encoders_figure_in_every_bootstrap_sample(full:
     ]
     for table in result["tables"]:
         method = table["title"].partition(":")[0]
-        first, copy, other = table["rows"]
+        first, copy, other, untrained = table["rows"]
+        assert untrained[:2] == ["mean of 1 random", first[1]]
+        assert untrained[3]["value"] == pytest.approx(values[f"{method}: random 1 weights"] / first[2]["value"])
         assert [row[0] for row in (first, copy, other)] == ["pretrained", "copy", "no_token"]
         assert copy[3] == copy[4] == {"value": 1, "interval": [1, 1]}
         assert first[1] == copy[1] != other[1]
