@@ -33,6 +33,7 @@ from miram.finetune.export.int8 import ONNX, load_int8, write_int8
 from miram.finetune.export.onnx_file import FILE, write_onnx
 from miram.finetune.export.parity import TOLERANCE, Runner, agreement, parity
 from miram.finetune.export.source import Source, read_source
+from miram.finetune.export.timm_folder import CONFIG
 from miram.pretrain.encoder import Encoder
 
 SHARES = (0.05, 0.1)
@@ -66,23 +67,24 @@ def session(path: Path, device: str) -> Runner | None:
     return lambda images: torch.from_numpy(opened.run(None, {"images": images.cpu().numpy()})[0])
 
 
-def networks(source: Source, folder: Path, device: str) -> Iterator[tuple[str, Runner | None, bool | None]]:
-    """Name, what runs it, and whether it computes what it should; None: another output is meant."""
+def networks(source: Source, folder: Path, device: str) -> Iterator[tuple[str, Runner | None, str]]:
+    """Name, what runs it, and whether it computes what it should; "": another output is meant."""
     checks = {"noise": pictures(5, source)}
     plain = write_onnx(source, folder)
     assert plain.runner is not None
-    same = parity(source.module, plain.runner, checks, TOLERANCE).holds
-    yield "onnx float32", session(folder / FILE, device), same
+    found = parity(source.module, plain.runner, checks, TOLERANCE)
+    yield "onnx float32", session(folder / FILE, device), "PASS" if found.holds else "FAIL"
     write_int8(source, folder, "onnxruntime")
-    yield "onnx int8", session(folder / ONNX, device) if device == "cpu" else None, None
+    yield "onnx int8", session(folder / ONNX, device) if device == "cpu" else None, ""
     write_int8(source, folder, "torchao")
-    yield "torch int8", load_int8(folder, source.module).to(device), None
+    network = None if (folder / CONFIG).is_file() else source.module
+    yield "torch int8", load_int8(folder, network).to(device), ""
     for share in SHARES if source.vit is not None and source.kind != "segmenter" else ():
         merged = write_onnx(source, folder, share)
         assert merged.runner is not None
         assert merged.twin is not None
         said = agreement(merged.twin, merged.runner, checks)  # raises where they differ on most
-        yield f"onnx merged {share:g}", session(folder / FILE, device), said.apart == 0
+        yield f"onnx merged {share:g}", session(folder / FILE, device), f"{said.sentence} PASS"
 
 
 def seconds(run: Runner, images: Tensor) -> float:
@@ -103,8 +105,8 @@ def rows(name: str, source: Source, arguments: argparse.Namespace) -> Iterator[s
                 head = f"{name:10} {source.image_size[0]:5} px  batch {batch:2}  {how:16}"
                 yield head + (" not on this device" if run is None else measured(source, run, batch, arguments))
             source.module.cpu()
-            if same is not None:
-                yield f"{name:10} {source.image_size[0]:5} px  {how}: {'PASS' if same else 'FAIL'}"
+            if same:
+                yield f"{name:10} {source.image_size[0]:5} px  {how}: {same}"
 
 
 def measured(source: Source, run: Runner, batch: int, arguments: argparse.Namespace) -> str:

@@ -8,7 +8,8 @@ Bolya et al. 2023, Token Merging: Your ViT But Faster, arXiv 2210.09461, section
 cosines of the keys' means over heads, the r best edges, averages weighted by size, attention proportional to size.
 Class and register tokens take no part. Different from the released code: timm's own modules are called, so that
 LayerScale, norms of q and k, gates and adapters work and attention stays SDPA; tokens keep their order; of equal scores
-the first wins.
+the first wins. Of scores that only rounding tells apart, as of patches of air, another runtime may let another win, and
+no order of comparison cures that: features of such an image then differ by more than rounding.
 
 Legend: B images, P prefix tokens, N tokens with them, h heads, d width of a head, D width, r merged.
 """

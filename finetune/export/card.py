@@ -67,12 +67,14 @@ def release_of(source: Source) -> str:
     return "The licences of the data that are known bind no weights; whoever releases them chooses theirs."
 
 
-def front_matter(source: Source, form: str) -> str:
+def front_matter(source: Source, form: str, files: Sequence[str] = ()) -> str:
     """YAML as model hubs read it; the licence is never guessed to be freer than the data's."""
     terms = {terms_of(licence) for licence in source.licences}
     bound = FORBIDDEN in terms, RESTRICTED in terms
     licence = {"license": "other", "license_name": "no-release" if bound[0] else "terms-of-the-data"}
-    library = {"timm": "timm", "hf": "transformers"}.get(form, "onnx")
+    library = {"timm": "timm", "hf": "transformers"}.get(form) or (
+        "onnx" if any(name.endswith(".onnx") for name in files) else "pytorch"
+    )
     task = {
         "encoder": "image-feature-extraction",
         "classifier": "image-classification",
@@ -187,7 +189,7 @@ def readme(source: Source, form: str, content: Mapping[str, Any], written: Writt
         "Limits": [f"- {limit}" for limit in content["limits"]],
     }
     body = (["", f"## {name}", "", *lines] for name, lines in sections.items() if lines)
-    head = ["---", front_matter(source, form).strip(), "---", "", f"# {title[source.kind]} ({form})"]
+    head = ["---", front_matter(source, form, written.files).strip(), "---", "", f"# {title[source.kind]} ({form})"]
     ban = ["", f"**{content['release']}**"] if any(map(forbids, source.licences)) else []
     made = ["", f"Written by miram {__version__} from weights {source.digest[:16]}; export.json has every figure."]
     return "\n".join([*head, *ban, *made, *(line for lines in body for line in lines)]) + "\n"
@@ -201,6 +203,8 @@ def input_lines(source: Source) -> Iterator[str]:
     yield "- Pixels as fractions of the largest value that their format allows, 4095 of 12 bits; air is 0, so invert"
     yield "  films whose air is white (MONOCHROME1). Then (pixel - mean) / std, channel by channel:"
     yield f"  mean {mean}, std {std}."
+    yield "- `miram ingest`, unless told otherwise, cuts a film to the breast, mirrors it if the chest wall is not"
+    yield "  at the left, and makes all that is no breast 0."
     if source.kind == "encoder":
         yield "- `miram probe` scales a film until it covers this frame, cuts it into even windows and averages their"
         yield "  features."
@@ -208,7 +212,7 @@ def input_lines(source: Source) -> Iterator[str]:
     if said := spelled(reading):
         yield f"- As in training: {said}."
     for how in filter(None, source.reading.get("preprocessing", [])):
-        yield f"- Films became images by `miram ingest` with {spelled(how)}."
+        yield f"- Films of its training became images by `miram ingest` with {spelled(how)}."
 
 
 def spelled(settings: Mapping[str, Any]) -> str:

@@ -70,7 +70,7 @@ def refuse_worse(change: Change, margin: float, what: str = "the export") -> Non
     Raises:
         RunFailed: the figure fell by more than the margin.
     """
-    if -change.difference.value > margin:
+    if -change.difference.value > margin + 1e-9:  # a loss of the very margin is allowed, however it is rounded
         low, high = change.difference.interval
         known = f" [{-high:.4f}, {-low:.4f}]" if math.isfinite(low) else ""
         raise RunFailed(

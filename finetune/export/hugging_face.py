@@ -23,7 +23,7 @@ from .parity import Written
 from .source import Source
 from .timm_folder import plain
 
-FILES = ("config.json", WEIGHTS, "preprocessor_config.json")
+FILES = (WEIGHTS, "config.json", "preprocessor_config.json")
 
 
 def write_hf(source: Source, folder: Path) -> Written:

@@ -96,8 +96,8 @@ class Asking:
         if self.data is not None and known.any():
             count = counted(len(np.unique(patients[known])), "patient")
             raise UserError(
-                f"{', '.join(shards.roots)}: the model learnt from {count} of these; name other images, or a split of "
-                "them that it did not learn from, as --split test"
+                f"{', '.join(shards.roots)}: the model learnt from {count} of these; name other images, or with "
+                "--split a part of them that it did not learn from"
             )
         if known.all():
             raise NotMeasured("the model learnt from all patients of its run's data; name others with --data")

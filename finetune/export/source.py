@@ -202,7 +202,7 @@ FRAMES = {
     "windows": "It takes one frame. `miram finetune` judged whole films: each was scaled until it covered the frame, "
     "cut into even windows, and the logits of the windows were averaged.",
     "whole": "It takes one frame, into which `miram finetune` fitted the whole film: the same scale down and across, "
-    "and air (0 before normalisation) beside it.",
+    "the film at the left and half-way up, the rest air (0 before normalisation).",
 }
 
 

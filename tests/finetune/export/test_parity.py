@@ -51,4 +51,4 @@ def test_images_on_which_merging_chose_otherwise_are_counted_and_a_file_that_nev
     with pytest.raises(RunFailed, match=r"differs from the same merging in torch on 5 of 5 images, by up to 0\.1"):
         agreement(lambda x: x, lambda x: x + 0.1, inputs)
     with pytest.raises(RunFailed):
-        agreement(lambda x: x, lambda x: x + float("nan") * (torch.arange(len(x)) == 2)[:, None, None, None], inputs)
+        agreement(lambda x: x, lambda x: x / (torch.arange(len(x)) != 2)[:, None, None, None], inputs)  # one image
