@@ -203,7 +203,7 @@ def input_lines(source: Source) -> Iterator[str]:
     yield "- Pixels as fractions of the largest value that their format allows, 4095 of 12 bits; air is 0, so invert"
     yield "  films whose air is white (MONOCHROME1). Then (pixel - mean) / std, channel by channel:"
     yield f"  mean {mean}, std {std}."
-    yield "- `miram ingest`, unless told otherwise, cuts a film to the breast, mirrors it if the chest wall is not"
+    yield "- `miram data ingest`, unless told otherwise, cuts a film to the breast, mirrors it if the chest wall is not"
     yield "  at the left, and makes all that is no breast 0."
     if source.kind == "encoder":
         yield "- `miram probe` scales a film until it covers this frame, cuts it into even windows and averages their"
@@ -212,7 +212,7 @@ def input_lines(source: Source) -> Iterator[str]:
     if said := spelled(reading):
         yield f"- As in training: {said}."
     for how in filter(None, source.reading.get("preprocessing", [])):
-        yield f"- Films of its training became images by `miram ingest` with {spelled(how)}."
+        yield f"- Films of its training became images by `miram data ingest` with {spelled(how)}."
 
 
 def spelled(settings: Mapping[str, Any]) -> str:
