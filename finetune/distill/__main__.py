@@ -42,9 +42,9 @@ def start(command: str, arguments: Sequence[str]) -> None:
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     tuning = read_tree(arguments[0]).get("finetune") if named else None
-    if tuning is None:
+    if not isinstance(tuning, dict):
         start_stage(command, arguments, load, ("--dry-run", "dry_run"), ABOUT)
-    elif "teacher" not in tuning and not any(a.startswith("--finetune.teacher") for a in arguments):
+    elif tuning.get("teacher") is None and not any(a.startswith("--finetune.teacher") for a in arguments):
         raise UserError(
             f"{arguments[0]}: finetune.teacher is not set; say whom to learn from: --finetune.teacher.run=RUN"
         )

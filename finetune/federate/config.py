@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from ...data.config import DataSection
 from ...engine.config import Section
 from ...engine.recipe import TrainSection
-from ..classify.config import FinetuneConfig, FinetuneSection, Part, Rate
+from ..classify.config import FinetuneConfig, FinetuneSection, Rate, SearchSection
 from .exchange import WORDS
 
 Name = Annotated[str, Field(pattern=f"^{WORDS['site'].pattern}$")]
@@ -21,7 +21,14 @@ IDLE: tuple[tuple[str, Any, str], ...] = (  # keys of the finetune section that 
     ("teacher", None, "sites do not distil"),
     ("keep", "last", "nothing is held out in a round to tell which step was best"),
     ("fraction", 1.0, "a site trains on all of its training images"),
+    ("subgroups", (), "a federation tells by sites"),
+    ("search", SearchSection(), "nothing is searched"),
 )
+IDLE_TRAIN = {
+    "ema": "the average of the sites' weights is what a round ends with",
+    "trackers": "a plan must not make sites send figures elsewhere",
+    "profile_steps": "a round is many trainings",
+}
 
 
 class FederateSection(Section):
@@ -33,7 +40,7 @@ class FederateSection(Section):
     """column or label of `data` whose values are the sites of a simulation; `shards`: every data set is one"""
     name: Name = "site"
     """what this site is called, where sites are real"""
-    base: str | None = None
+    base: Annotated[str, Field(pattern=f"^{WORDS['base'].pattern}$")] | None = None
     """sha256 of the encoder that all must have; null: that of finetune.encoder"""
     rounds: PositiveInt = 10
     """times that every site trains (train.steps or train.epochs, with an optimizer of its own) and all are averaged"""
@@ -46,8 +53,8 @@ class FederateSection(Section):
     """FedProx: half of this times the squared distance from the round's start is added to a site's loss"""
     weighting: Literal["examples", "equal"] = "examples"
     """sites count by their training images, or alike"""
-    holdout: Part = 0.3
-    """share of a site's patients that judges, where its data has no train and test split"""
+    holdout: float = Field(default=0.3, gt=0, le=0.5)
+    """share of a site's patients that judges, about, where its data has no train and test split"""
     compare: tuple[Comparison, ...] = ("local", "centralised")
     """what the federation is compared with: a model of each site's own, and (in a simulation) one of all images"""
 
@@ -78,8 +85,9 @@ class FederateConfig(Section):
         for key, usual, why in IDLE:
             if getattr(self.finetune, key) != usual:
                 raise ValueError(f"finetune.{key}: {why}; leave it out")
-        if self.train.ema is not None:
-            raise ValueError("train.ema: the average of the sites' weights is what a round ends with; leave it out")
+        for key, why in IDLE_TRAIN.items():
+            if getattr(self.train, key):
+                raise ValueError(f"train.{key}: {why}; leave it out")
         if self.train.blr != TrainSection.model_fields["blr"].default:
             raise ValueError("train.blr: set federate.lr, the learning rate itself")
         if self.federate.by is not None and self.federate.sites is not None:

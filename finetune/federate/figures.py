@@ -64,13 +64,16 @@ class Judges:
         return np.concatenate([[told.value], told.samples(draws)])
 
 
-def content(judges: Judges, scored: Mapping[str, Samples], records: Sequence[RoundRecord]) -> dict[str, Any]:
+def content(
+    judges: Judges, scored: Mapping[str, Samples], records: Sequence[RoundRecord], passes: str
+) -> dict[str, Any]:
     """What result.json says: the mean of the sites leads.
 
     Args:
         judges: the tests.
         scored: by model, federated, centralised and local-SITE; the latter two may be missing.
         records: of the federation's rounds.
+        passes: what was the same for all that trained: steps, or passes over their images.
     """
     labelled, images = judges.labelled, judges.images
     local = own(scored, judges.parts)
@@ -93,7 +96,7 @@ def content(judges: Judges, scored: Mapping[str, Samples], records: Sequence[Rou
             for name, of in others.items()
         ],
         "tables": [
-            sites_table(judges, local, scored[FEDERATED], scored.get(CENTRALISED, {})),
+            sites_table(judges, local, scored[FEDERATED], scored.get(CENTRALISED, {}), passes),
             crossed_table(scored, [*judges.parts]),
             rounds_table(records),
         ],
@@ -117,7 +120,7 @@ def gap(one: Floats, other: Floats) -> dict[str, Any] | None:
     return None if found is None else {**found, "signed": True}
 
 
-def sites_table(judges: Judges, local: Samples, federated: Samples, centralised: Samples) -> Table:
+def sites_table(judges: Judges, local: Samples, federated: Samples, centralised: Samples, passes: str) -> Table:
     """A row a site: images, the three models, and what federating gained and lost."""
     columns = ["site", "training images", "test images", "test patients"]
     columns += ["local"] * bool(local) + [FEDERATED] + [CENTRALISED] * bool(centralised)
@@ -128,12 +131,12 @@ def sites_table(judges: Judges, local: Samples, federated: Samples, centralised:
         three = [*([local[name]] if local else []), federated[name], *([centralised[name]] if centralised else [])]
         told = [estimate(figures) for figures in three] + [gap(federated[name], other) for other in others]
         rows.append([name, *counts(judges, name), *told])
-    return {"title": "Sites", "columns": columns, "rows": rows, "note": WHAT}
+    return {"title": "Sites", "columns": columns, "rows": rows, "note": WHAT.format(passes)}
 
 
 WHAT = (
-    "local: trained on the site's own images alone, for as many steps; centralised: on the training images of all "
-    "sites, for as many steps as one site took. The mean of sites counts every site alike."
+    "local: trained on the site's own images alone; centralised: on the training images of all sites; each for as many "
+    "{} as one site took. The mean of sites counts every site alike."
 )
 
 

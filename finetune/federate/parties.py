@@ -31,6 +31,7 @@ class Part:
 
     fit: Ints
     test: Ints
+    official: bool
 
 
 def divide(labelled: Labelled, shards: ShardDataset, section: FederateSection, seed: int) -> dict[str, Part]:
@@ -40,6 +41,10 @@ def divide(labelled: Labelled, shards: ShardDataset, section: FederateSection, s
         UserError: a site has too few patients, a patient is at two sites, or nothing says what the sites are.
     """
     whose = sites_of(labelled, shards, section, seed)
+    if section.by is not None and len(np.unique(whose)) < 2:
+        raise UserError(
+            f"federate.by={section.by}: all labelled images are of one site, {whose[0]}; take another column"
+        )
     if twice := shared(labelled.patients, whose):
         raise UserError(
             f"{twice} patients are at several sites, so that one site's training would know another's test; divide by "
@@ -78,7 +83,8 @@ def column(labelled: Labelled, shards: ShardDataset, by: str) -> Sequence[str]:
         UserError: there is no such column or label, or it is empty somewhere.
     """
     if by == EACH:
-        return [shards.root(int(row)).rstrip("/").rpartition("/")[2] for row in labelled.rows]
+        called = short(shards.roots)
+        return [called[shards.root(int(row))] for row in labelled.rows]
     known = ["dataset", *shards.tasks, EACH]
     if by not in known:
         raise UserError(f"federate.by={by}: the data has no such column{did_you_mean(by, known)}")
@@ -87,6 +93,16 @@ def column(labelled: Labelled, shards: ShardDataset, by: str) -> Sequence[str]:
     if empty := found.count(""):
         raise UserError(f"federate.by={by}: {empty} labelled images do not say their site; take another column")
     return found
+
+
+def short(roots: Sequence[str]) -> dict[str, str]:
+    """Of each data set's place the last parts, as many as tell all apart."""
+    split = {root: root.rstrip("/").split("/") for root in roots}
+    for count in range(1, 1 + max(map(len, split.values()))):
+        called = {root: "/".join(parts[-count:]) for root, parts in split.items()}
+        if len(set(called.values())) == len(called):
+            break
+    return called
 
 
 def named(values: Sequence[str]) -> NDArray[np.str_]:
@@ -117,7 +133,7 @@ def held_out(labelled: Labelled, images: Ints, name: str, section: FederateSecti
     """
     splits = labelled.splits[images]
     if {"train", "test"} <= set(splits.tolist()):
-        return Part(images[splits != "test"], images[splits == "test"])
+        return Part(images[splits != "test"], images[splits == "test"], official=True)
     task = labelled.strata
     classes, truth = np.unique(task.truth[images], return_inverse=True)
     parts = max(2, round(1 / section.holdout))
@@ -128,4 +144,4 @@ def held_out(labelled: Labelled, images: Ints, name: str, section: FederateSecti
             f"({len(np.unique(task.patients[images]))} in all); join it with another site, or label more"
         )
     fit, test = pairs[0]
-    return Part(images[fit], images[test])
+    return Part(images[fit], images[test], official=False)

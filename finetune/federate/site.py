@@ -3,11 +3,14 @@
     facts     once: images of each class, mean and spread of the frozen encoder's features, what learns at the start
     update    every round: what learns, after some steps on its own images
 
+    PLACE/round-001-0123456789ab/    the training of a round, by its number and order
+
 Legend: n training images, D features, k classes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass
@@ -36,7 +39,7 @@ from ..peft.base import Tuned, learnt
 from ..peft.registry import describe
 from .averaging import apply_residual, as_one_adapter, from_fixed
 from .config import FederateSection
-from .exchange import Facts, Order, Update
+from .exchange import Facts, Order, Update, payload
 from .proximal import Proximal
 from .start import lowered, start_digest, started, values
 
@@ -90,7 +93,7 @@ class Site:
                 f"site {self.name}: the federation tunes another encoder ({order.base[:12]}, here {self.base[:12]})"
             )
         objective = self.objective(order)
-        run = Run(self.place / f"round-{order.round:03d}", "federate")
+        run = Run(self.place / f"round-{order.round:03d}-{digest(order)}", "federate")
         recipe = self.recipe(order.round)
         seed = stable_seed(self.bench.settings.seed, "round", order.round) % 2**63
         stream = self.tuning.stream(np.sort(self.images), recipe.batch_size, seed)
@@ -157,9 +160,10 @@ class Site:
         section, target = self.bench.section, self.bench.labelled.target
         weights = order.fixed["class_weights"].float() if section.balance == "weights" else None
         tuned = self.standing(order)
+        objective = Proximal(tuned, target, weights, section.smoothing, section.mixup, mu=order.mu)
         if order.round == 1 and section.start == "probe":
             self.start_head(cast(StandardisedLinear, tuned.head))
-        return Proximal(tuned, target, weights, section.smoothing, section.mixup, mu=order.mu)
+        return objective
 
     @torch.no_grad()
     def start_head(self, head: StandardisedLinear) -> None:
@@ -193,3 +197,8 @@ class Site:
     def logits(self, order: Order, images: Ints) -> Floats:
         """(j, w) of images, by the federation's model as it stands."""
         return judge(self.bench, self.standing(order).eval(), images)
+
+
+def digest(order: Order) -> str:
+    """Names an order: what was begun of another one, of a federation that began again, must not be gone on with."""
+    return hashlib.sha256(payload(order)).hexdigest()[:12]

@@ -18,6 +18,7 @@ from ...engine.config import load
 from ...engine.errors import UserError
 from ...engine.files import read_json
 from ...engine.launch import make_accelerator
+from ...engine.recipe import split_batch
 from ...engine.run import RESULT, Run, open_run
 from ...engine.signals import StopSignals
 from ...engine.track import Meter
@@ -68,7 +69,9 @@ def simulate(settings: FederateConfig, signals: StopSignals) -> Run:
     inputs = bench.shards.inputs | {"encoder": encoder_digest(settings.finetune.encoder)}
     run = Run(Path(settings.out), "federate")
     trial = Trial(settings, bench, parts, run)
-    trial.sites[0].tuned()  # whatever does not fit is found now, and not in a run folder that is then in the way
+    trial.check()  # whatever does not fit is found now, and not in a run folder that is then in the way
+    if settings.federate.base not in (None, trial.sites[0].base):
+        raise UserError(f"federate.base is another encoder's than {settings.finetune.encoder}: {trial.sites[0].base}")
     open_run(settings, settings.out, "federate", inputs)
     if run.finished:
         print(f"{run.folder} is finished; nothing to do")
@@ -99,6 +102,7 @@ def announce(settings: FederateConfig) -> None:
     sites = settings.federate.sites
     if sites is None:
         raise UserError("federate.sites is not set; say how many sites are to take part, e.g. --federate.sites=3")
+    split_batch(settings.train, 1)
     vit, _ = read_encoder(settings.finetune.encoder, settings.finetune.image_size)
     app = write_app(Path(settings.out) / "app", make_plan(settings, vit), sites).parent
     print(

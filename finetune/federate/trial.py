@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from ...engine.metrics import Floats, Ints
+from ...engine.recipe import split_batch
 from ...engine.run import Run
 from ...engine.track import Meter
 from ...pretrain.encoder import normalisation
@@ -32,6 +34,11 @@ from .rounds import Together, hold
 from .server import Federation, RoundRecord, Terms
 from .site import Site
 from .start import start_digest, values
+
+OTHERS = (
+    "The kept model learnt from the other sites' patients, too. Nobody here knows them, so that its card names this "
+    "site's alone, and `miram evaluate` cannot refuse the others'."
+)
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,9 @@ class Trial:
         judges = Judges(bench.labelled, bench.section, self.parts, self.settings.seed)
         draws = judges.draws()
         scored = {name: judges.scored(self.said(name, of, judges.images), draws) for name, of in orders.items()}
-        told = content(judges, scored, records)
-        self.run.result(told | {"split": self.split, "notes": self.notes(judges, draws)})
+        passes = "steps" if self.settings.train.steps else "passes over its images"
+        told = content(judges, scored, records, passes)
+        self.run.result(told | {"split": self.split, "notes": self.notes(judges, draws, alone=not records)})
 
     def said(self, name: str, order: Order, images: Ints) -> Floats:
         """(j, w) of all tests by a model."""
@@ -121,11 +129,25 @@ class Trial:
     @property
     def split(self) -> str:
         """How the tests came about."""
-        if {"train", "test"} <= set(self.bench.labelled.splits.tolist()):
+        rest = [part for part in self.parts.values() if not part.official]
+        if not rest:
             return "official train and test"
-        return f"{self.settings.federate.holdout:.0%} of each site's patients"
+        held, every = (self.patients(rest, which) for which in (("test",), ("fit", "test")))
+        told = f"{held} of {every} patients held out, of every site some"
+        return told if len(rest) == len(self.parts) else f"official where there is one; at {len(rest)} sites {told}"
 
-    def notes(self, judges: Judges, draws: Draws) -> list[str]:
+    def patients(self, parts: Sequence[Part], which: Sequence[Literal["fit", "test"]]) -> int:
+        """How many have images in these."""
+        images = np.concatenate([getattr(part, name) for part in parts for name in which])
+        return len(np.unique(self.bench.labelled.patients[images]))
+
+    def check(self) -> None:
+        """Raises: UserError: some site has too few images for a batch, or batches do not divide."""
+        for site in (*self.sites, *self.others.values()):
+            split_batch(site.recipe(1), self.bench.accelerator.num_processes)
+        self.sites[0].tuned()
+
+    def notes(self, judges: Judges, draws: Draws, *, alone: bool) -> list[str]:
         """What the figures hold."""
         settings, bench = self.settings, self.bench
         rows = [int(row) for row in bench.rows(judges.images)]
@@ -134,4 +156,5 @@ class Trial:
             "Nothing was searched, and no model saw a judged image or another one of its patient at the site that "
             "judges. The kept model decides at 0.5, at temperature 1: nothing was held out to choose them by.",
             what_intervals_hold(draws, bench.section.replicates),
+            *([OTHERS] if alone else []),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from benches import bench, encoder
 from sklearn.metrics import roc_auc_score
 
 from miram.engine.errors import UserError
+from miram.engine.run import Run
 from miram.finetune.classify.labels import read_labels
 from miram.finetune.classify.locked import read_locked
 from miram.finetune.federate.config import FederateConfig, FederateSection
-from miram.finetune.federate.parties import divide, named, sites_of
+from miram.finetune.federate.parties import divide, named, short, sites_of
 from miram.finetune.federate.stage import federate
+from miram.finetune.federate.trial import Trial
 from miram.pretrain.encoder import EncoderCard, save_encoder
 
 KWARGS = {"in_chans": 1, "num_classes": 0, "img_size": [64, 32], "depth": 2, "embed_dim": 48, "num_heads": 4}
@@ -114,6 +117,14 @@ def test_with_one_site_and_all_images_federated_local_and_centralised_are_one(
         (["--federate.by=view", "--federate.sites=null"], "no such column"),
         (["--train.blr=1e-3"], "federate.lr"),
         (["--train.ema=0.9"], "train.ema"),
+        (["--train.trackers=[wandb]"], "train.trackers"),
+        (["--train.micro_batch=3"], "no multiple"),
+        (["--train.batch_size=64", "--train.micro_batch=64"], "do not fill a batch of 64"),
+        (["--federate.holdout=0.7"], "federate.holdout"),
+        (["--federate.base=nothing"], "federate.base"),
+        ([f"--federate.base={'a' * 64}"], "another encoder's"),
+        (["--finetune.search.trials=5"], "finetune.search"),
+        (["--federate.by=shards", "--federate.sites=null"], "of one site"),
         (["--finetune.keep=best", "--finetune.search.folds=1"], "finetune.keep"),
     ],
 )
@@ -155,6 +166,34 @@ def test_a_label_that_cuts_patients_in_two_makes_no_sites(phantoms: Path, tmp_pa
     side = [label for label in made.shards.tasks if label not in ("density",)]
     with pytest.raises(UserError, match="patients are at several sites"):
         divide(labelled, made.shards, FederateSection(by=side[0]), 0)
+
+
+def test_data_sets_in_folders_of_one_name_are_two_sites() -> None:
+    roots = ["/a/north/shards", "/b/south/shards/"]
+    assert short(roots) == {roots[0]: "north/shards", roots[1]: "south/shards"}
+    assert short(["/a/x", "/b/y"]) == {"/a/x": "x", "/b/y": "y"}
+    assert named(list(short(roots).values())).tolist() == ["north-shards", "south-shards"]
+
+
+def test_the_share_held_out_is_told_as_it_is(run: Path, phantoms: Path, tmp_path: Path) -> None:
+    assert read(run)["split"] == "official train and test"
+    made = bench(phantoms, tmp_path, classes=("0", "1"), method="lora_qkv")
+    object.__setattr__(made.labelled, "splits", np.full(len(made.labelled.rows), ""))
+    section = FederateSection(sites=2, holdout=0.4)
+    parts = divide(made.labelled, made.shards, section, seed=1)
+    held = len(np.unique(made.labelled.patients[np.concatenate([part.test for part in parts.values()])]))
+    given = {name: getattr(made.settings, name) for name in ("data", "finetune", "train")}
+    trial = Trial(FederateConfig(federate=section, **given), made, parts, Run(tmp_path, "federate"))
+    assert trial.split == f"{held} of 12 patients held out, of every site some"
+    some = {name: replace(part, official=name == "site-1") for name, part in parts.items()}
+    assert replace(trial, parts=some).split.startswith("official where there is one; at 1 sites ")
+
+
+def test_with_epochs_models_are_compared_by_passes(run: Path, arguments: list[str], tmp_path: Path) -> None:
+    assert "as many steps as" in read(run)["tables"][0]["note"]
+    rest = [argument for argument in arguments if "train.steps" not in argument]
+    federate("federate/demo", [*rest, "--train.epochs=1", "--federate.rounds=1", f"--out={tmp_path / 'run'}"])
+    assert "as many passes over its images as" in read(tmp_path / "run")["tables"][0]["note"]
 
 
 def test_names_that_would_be_the_same_are_refused() -> None:
