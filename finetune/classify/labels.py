@@ -95,14 +95,13 @@ def read_labels(
     if name is None:
         raise UserError("data.task is not set; name the label to predict, e.g. --data.task=density")
     several = name not in shards.tasks and "," in name
-    if several and kind not in ("auto", "multilabel"):
-        other = f"finetune.kind={kind}" if complete else f"{kind}, as the model's"
-        raise UserError(f"data.task={name}: several columns are a multilabel task, not {other}")
+    if several:
+        refuse_columns(name, kind, complete=complete)
     said = _columns(shards, name) if several else _column(shards, name, separator if kind == "multilabel" else "")
     if not len(said.rows):
         raise UserError(f"data.task={name}: no image has this label; name another task, or another data.split")
-    table = _table(name, said.known, classes, complete)
-    kind = _kind(name, kind, several, list(table))
+    table = table_of(name, said.known, classes, complete)
+    kind = kind_of(name, kind, several, list(table))
     truth = np.array([[not x.isdisjoint(of) for of in table.values()] for x in said.values], np.int64)
     truth = truth.reshape(len(said.values), len(table))
     kept = np.flatnonzero(truth.any(1)) if kind != "multilabel" else np.arange(len(truth))
@@ -111,6 +110,13 @@ def read_labels(
     others = Counter(value for x in said.values for value in sorted(x - taken))
     truth = truth[kept] if kind == "multilabel" else truth[kept].argmax(1)
     return _labelled(shards, Target(name, kind, tuple(table)), said.rows[kept], truth, dict(others) | said.unknown)
+
+
+def refuse_columns(name: str, kind: Literal["auto"] | Kind, *, complete: bool = True) -> None:
+    """Raises: UserError: several columns cannot be a task of this kind."""
+    if kind not in ("auto", "multilabel"):
+        other = f"finetune.kind={kind}" if complete else f"{kind}, as the model's"
+        raise UserError(f"data.task={name}: several columns are a multilabel task, not {other}")
 
 
 def _columns(shards: ShardDataset, name: str) -> _Said:
@@ -155,8 +161,12 @@ def _in_order(values: frozenset[str]) -> list[str]:
     return sorted(values)
 
 
-def _table(name: str, known: list[str], classes: Classes, complete: bool) -> dict[str, tuple[str, ...]]:
-    """The values of every class, in the classes' order."""
+def table_of(name: str, known: list[str], classes: Classes, complete: bool) -> dict[str, tuple[str, ...]]:
+    """The values of every class, in the classes' order.
+
+    Raises:
+        UserError: a value is given twice, or (`complete`) no image has it.
+    """
     if classes is None:
         return {value: (value,) for value in known}
     table = {c: tuple(v) for c, v in classes.items()} if isinstance(classes, Mapping) else {c: (c,) for c in classes}
@@ -172,8 +182,12 @@ def _table(name: str, known: list[str], classes: Classes, complete: bool) -> dic
     return {c: others if v == (OTHERS,) else (*v, *(others if OTHERS in v else ())) for c, v in table.items()}
 
 
-def _kind(name: str, kind: Literal["auto"] | Kind, several: bool, classes: list[str]) -> Kind:
-    """The kind of the task, if it has the classes for it."""
+def kind_of(name: str, kind: Literal["auto"] | Kind, several: bool, classes: list[str]) -> Kind:
+    """The kind of the task.
+
+    Raises:
+        UserError: it has not the classes for it.
+    """
     if several or kind == "multilabel":
         return "multilabel"
     if len(classes) < 2:

@@ -21,12 +21,12 @@ import numpy as np
 from ...engine.errors import RunFailed
 from ...engine.metrics import headline
 from ...engine.run import Run, open_run
-from .exchange import Facts, Figures, Order, Refusal, Tensors, Update
+from .exchange import BROKEN, Facts, Figures, Order, Refusal, Tensors, Update, digest_of
 from .figures import rounds_table
 from .flower_wire import Nodes
 from .plan import Plan, read_plan
 from .rounds import hold
-from .server import Federation, RoundRecord, write_metrics
+from .server import Federation, RoundRecord, said_at_opening, write_metrics
 
 FOLDER = "MIRAM_FEDERATION"
 
@@ -44,36 +44,56 @@ def serve(text: str, nodes: Nodes) -> None:
     """
     plan = read_plan(text)
     run = open_run(plan, os.environ.get(FOLDER, "federation"), "federate")
-    rounds = int(plan.federate["rounds"])
+    if run.finished:
+        print(f"miram: {run.folder} is finished; nothing to do (rename it to begin anew)", flush=True)
+        return
     with run.recorded():
+        nodes.said |= said_at_opening(run.folder)
         federation = Federation(plan.terms, start_of(plan, nodes), plan.target.target.weights_of)
-        hold(federation, nodes, rounds, run.folder, lambda: tell(run, federation))
+        hold(
+            federation,
+            nodes,
+            plan.federate.rounds,
+            run.folder,
+            lambda record: tell(run, federation, record, nodes.expected),
+        )
         told = nodes.figures(federation.order(), federation.sites)
         run.result(content(plan, told, federation.records))
     print(f"miram: figures of all sites: {run.folder / 'result.json'}", flush=True)
 
 
 def start_of(plan: Plan, nodes: Nodes) -> Tensors:
-    """What learns, as it starts: all sites have it alike, and one of them says it.
+    """What learns, as it starts: all sites have it alike, and the first that says what the plan expects is believed.
 
     Raises:
-        RunFailed: none of those that are there has the plan's encoder and start.
+        RunFailed: none of those that are there has the plan's encoder and start, and the data it began with.
     """
     facts = nodes.facts()
     sound = sorted(f.site for f in facts if isinstance(f, Facts) and (f.base, f.start) == (plan.base, plan.start))
     for site in sound:
         for answer in nodes.updates(Order(0, plan.base, {}, {}, 0.0), [site]):
-            if isinstance(answer, Update) and all(tensor.isfinite().all() for tensor in answer.tensors.values()):
+            if isinstance(answer, Update) and digest(answer.tensors) == plan.values:
                 return answer.tensors
-    raise RunFailed(f"none of {len(facts)} sites has the plan's encoder and starts as the plan says; see their screens")
+    raise RunFailed(
+        f"none of {len(facts)} sites has the plan's encoder, starts as the plan says and has the data it began with; "
+        "see their screens"
+    )
 
 
-def tell(run: Run, federation: Federation) -> None:
-    """A line a round, on the screen and on disk."""
+def digest(tensors: Tensors) -> str:
+    """Of what a site sent; nothing where that cannot be said, of tensors that safetensors reads and does not write."""
+    try:
+        return digest_of(tensors)
+    except (*BROKEN, RuntimeError):
+        return ""
+
+
+def tell(run: Run, federation: Federation, record: RoundRecord, expected: int) -> None:
+    """A line for the opening, and for each round, on the screen and on disk."""
     write_metrics(run, federation.records)
-    last = federation.records[-1]
-    refused = "".join(f"; refused {site}: {reason}" for site, reason in last.refused.items())
-    print(f"miram: round {last.round}: loss {last.loss:.4f} of {', '.join(last.sites)}{refused}", flush=True)
+    refused = "".join(f"; refused {site}: {reason}" for site, reason in record.refused.items())
+    what = f"opening, {len(record.sites)} of {expected} sites" if record.loss is None else f"loss {record.loss:.4f}"
+    print(f"miram: round {record.round}: {what}: {', '.join(record.sites)}{refused}", flush=True)
 
 
 def content(plan: Plan, told: Sequence[Figures | Refusal], records: Sequence[RoundRecord]) -> dict[str, Any]:

@@ -58,6 +58,10 @@ WORDS = {
 }
 
 
+class OtherEncoder(UserError):
+    """A site has another encoder than the federation; travels as BASE."""
+
+
 @dataclass(frozen=True, eq=False)
 class Facts:
     """A site's first message.

@@ -24,8 +24,22 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from ...engine.errors import RunFailed, UserError, one_line
-from .exchange import DATA, FAILED, JUDGED, Facts, Figures, Order, Refusal, Update, payload, read_payload
+from .exchange import (
+    BASE,
+    DATA,
+    FAILED,
+    JUDGED,
+    Facts,
+    Figures,
+    Order,
+    OtherEncoder,
+    Refusal,
+    Update,
+    payload,
+    read_payload,
+)
 from .rounds import Member
+from .server import digest_of_facts
 
 FACTS, TRAIN, JUDGE = (
     "query.facts",
@@ -93,6 +107,9 @@ def answer(
         site = read_site(place(context), str(context.run_config["plan"]))
         name = site.name
         content = record(act(site))
+    except OtherEncoder as error:
+        print(f"miram: {name}: {error}", flush=True)
+        content = record(Refusal(name, BASE))
     except (UserError, RunFailed) as error:
         print(f"miram: {name}: {one_line(str(error))}", flush=True)
         content = record(Refusal(name, clause))
@@ -130,7 +147,7 @@ class Nodes:
         wait: seconds to wait for them.
         patience: seconds to wait for an answer.
         sites: whom a node speaks for.
-        said: what a site said of its data, as bytes.
+        said: sha256 of what a site said of its data, now or before the server was stopped.
         met: nodes that were asked who they are.
     """
 
@@ -139,7 +156,7 @@ class Nodes:
     wait: float
     patience: float
     sites: dict[int, str] = field(default_factory=dict)
-    said: dict[str, bytes] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)
     met: set[int] = field(default_factory=set)
 
     def facts(self) -> list[Facts | Refusal]:
@@ -203,8 +220,8 @@ class Nodes:
 
     def bind(self, node: int, facts: Facts) -> None:
         """Let a node speak for a site, in the place of one that did, unless what it says of the data is new."""
-        content = payload(facts)
-        if self.said.setdefault(facts.site, content) != content:
+        digest = digest_of_facts(facts)
+        if self.said.setdefault(facts.site, digest) != digest:
             print(f"miram: node {node} says it is {facts.site}, with other data; it is not asked", flush=True)
             return
         self.sites = {other: site for other, site in self.sites.items() if site != facts.site} | {node: facts.site}

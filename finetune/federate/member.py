@@ -1,10 +1,13 @@
 """A real site's part: its own configuration and the plan in, answers out; what it keeps is in its own run folder.
 
+    RUN/rounds/order.json     {"schema", "digest": sha256 of the last order, whose model and figures RUN holds}
+
 Flower starts a process for every message, so everything here is a function of SITE.yaml, the plan and the order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import UserError
-from ...engine.files import read_json
+from ...engine.files import read_json, write_atomic, write_json
 from ...engine.launch import make_accelerator
 from ...engine.run import RESULT, Run, open_run
 from ...engine.signals import StopSignals
 from ...engine.track import Meter
 from ...pretrain.weights.loading import encoder_digest
-from .exchange import Facts, Figures, Order, Update
+from ..classify.targets import Target
+from .exchange import Facts, Figures, Order, OtherEncoder, Update, payload, read_payload
 from .figures import LOCAL
 from .opening import make_bench
 from .parties import divide
@@ -28,6 +32,7 @@ from .start import values
 from .trial import Trial
 
 NAN = float("nan")
+ORDER = "miram.order/1"
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,11 @@ class Member:
         return self.trial.sites[0]
 
     def facts(self) -> Facts:
-        """The first message."""
-        return self.site.facts()
+        """The first message; said once, since another one by the last bit would be another site's."""
+        place = self.trial.run.folder / "rounds" / "facts.safetensors"
+        if not place.is_file():
+            write_atomic(place, payload(self.site.facts()))
+        return read_payload(place.read_bytes(), Facts)
 
     def train(self, order: Order) -> Update:
         """Some steps; to order 0, what learns as it starts, which all sites have alike and the server has not.
@@ -58,18 +66,23 @@ class Member:
         """
         if order.round == 0:
             return Update(self.name, self.site.base, 0, values(self.site.tuned()), len(self.site.images), 0.0)
-        return self.site.train(order)
+        update = self.site.train(order)
+        print(f"miram: {self.name}: round {order.round}: loss {update.loss:.4f}", flush=True)
+        return update
 
     def finish(self, order: Order) -> Figures:
         """Judge the federation's model on the site's own test, keep it, and say how it does.
 
         Raises:
             RunFailed: a training failed, or the disk is full.
+            UserError: another process is at work in the run folder.
         """
-        run = self.trial.run
-        if not run.finished:
+        run, digest = self.trial.run, hashlib.sha256(payload(order)).hexdigest()
+        kept = run.folder / "rounds" / "order.json"
+        if not (run.finished and kept.is_file() and read_json(kept, ORDER).get("digest") == digest):
             with run.recorded(), Meter("rounds", len(self.trial.others) * self.trial.settings.federate.rounds) as meter:
                 self.trial.finish(order, [], meter)
+                write_json(kept, ORDER, {"digest": digest})
         return figures_of(self.name, read_json(run.folder / "result.json", RESULT))
 
 
@@ -93,15 +106,19 @@ def read_site(path: str, plan: str) -> Member:
     agreed, own = read_plan(plan), read_site_config(path)
     settings = own.settings(agreed)
     bench = make_bench(settings, make_accelerator(settings.train.deterministic), StopSignals())
-    refuse_other_task(agreed, bench.labelled.target.classes)
+    refuse_other_task(agreed, bench.labelled.target)
     parts = divide(bench.labelled, bench.shards, settings.federate, settings.seed)
+    trial = Trial(settings, bench, parts, Run(Path(settings.out), "federate"))
+    if (here := trial.sites[0].base) != agreed.base:
+        raise OtherEncoder(f"{own.encoder} is another encoder ({here[:12]}) than the plan's ({agreed.base[:12]})")
+    trial.check()
     inputs = bench.shards.inputs | {"encoder": encoder_digest(own.encoder)}
     open_run(settings, settings.out, "federate", inputs)
-    return Member(Trial(settings, bench, parts, Run(Path(settings.out), "federate")))
+    return Member(trial)
 
 
-def refuse_other_task(plan: Plan, classes: tuple[str, ...]) -> None:
-    """Raises: UserError: the site's labels make other classes than the plan's."""
-    if classes != plan.target.classes:
-        here, agreed = ", ".join(classes), ", ".join(plan.target.classes)
-        raise UserError(f"the labels make the classes {here}, and the plan has {agreed}; see data.shards")
+def refuse_other_task(plan: Plan, target: Target) -> None:
+    """Raises: UserError: the site's labels make another task than the plan's."""
+    if target != plan.target.target:
+        here, agreed = (f"{t.name}, {t.kind}, of {', '.join(t.classes)}" for t in (target, plan.target.target))
+        raise UserError(f"the labels make the task {here}, and the plan's is {agreed}; see data.shards")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ...engine.errors import RunFailed, UserError
-from .exchange import DATA, FAILED, Facts, Figures, Order, Refusal, Update, payload, read_payload
-from .server import Federation
+from .exchange import BASE, DATA, FAILED, Facts, Figures, Order, OtherEncoder, Refusal, Update, payload, read_payload
+from .server import Federation, RoundRecord
 
 
 class Party(Protocol):
@@ -47,7 +47,9 @@ class Carrier(Protocol):
         """What these sites make of an order."""
 
 
-def hold(federation: Federation, carrier: Carrier, rounds: int, place: Path, after: Callable[[], object]) -> None:
+def hold(
+    federation: Federation, carrier: Carrier, rounds: int, place: Path, after: Callable[[RoundRecord], object]
+) -> None:
     """Every round that is not closed yet, from wherever the folder has got to.
 
     Args:
@@ -55,19 +57,20 @@ def hold(federation: Federation, carrier: Carrier, rounds: int, place: Path, aft
         carrier: to the sites.
         rounds: of the whole federation.
         place: folder of its state.
-        after: called after each round.
+        after: called with what came of the opening, and of each round.
 
     Raises:
         RunFailed: nobody's update could be used.
         Preempted: stopped on a signal; the rounds that are closed are kept.
     """
     if not federation.load(place):
-        federation.open(carrier.facts())
+        opening = federation.open(carrier.facts())
         federation.save(place)
+        after(opening)
     while federation.closed < rounds:
-        federation.close(carrier.updates(federation.order(), federation.sites))
+        record = federation.close(carrier.updates(federation.order(), federation.sites))
         federation.save(place)
-        after()
+        after(record)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def answer_of(party: Party, order: Order) -> Update | Refusal:
     """A site's answer, or why there is none: what goes wrong at one site ends its round, not everybody's."""
     try:
         return read_payload(payload(party.train(order)), Update)
+    except OtherEncoder as error:
+        return refusal(party, BASE, error)
     except (UserError, RunFailed) as error:
         return refusal(party, FAILED, error)
 

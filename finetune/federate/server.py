@@ -3,18 +3,20 @@
 FOLDER/federation.safetensors     written whole after every closed round: a stopped federation goes on from there
     tensors/NAME, fixed/NAME      as in an order
     metadata "miram"              {"schema": "miram.federation/1", "terms": {…}, "sites": {NAME: images},
-                                   "digest": of the tensors, "records": [{"round": 0, …}, {"round": 1, …}, …]}
+                                   "said": {NAME: sha256 of its Facts}, "digest": of the tensors,
+                                   "records": [{"round": 0, …}, {"round": 1, …}, …]}
 
 Legend: K sites, n_k images of site k, D features, k classes.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -104,6 +106,7 @@ class Federation:
         tensors: what learns, as it stands.
         fixed: an order's other tensors; none before `open`.
         sites: images, by the name of every site that was sound at the start.
+        said: sha256 of what each of these said of its data: who says other things later is not that site.
         records: of the rounds that were closed, the opening first.
     """
 
@@ -112,6 +115,7 @@ class Federation:
         self.tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         self.fixed: Tensors = {}
         self.sites: dict[str, int] = {}
+        self.said: dict[str, str] = {}
         self.records: list[RoundRecord] = []
 
     @property
@@ -136,6 +140,7 @@ class Federation:
         if not sound:
             raise RunFailed(f"the federation cannot begin, no site can take part: {told(refused)}")
         self.sites = {each.site: each.examples for each in sound}
+        self.said = {each.site: digest_of_facts(each) for each in sound}
         self.fixed = pooled(sound, self.weigh)
         up = sum(len(payload(each)) for each in sound)
         return self._note(RoundRecord(0, list(self.sites), refused, sum(self.sites.values()), None, up, 0, 0.0))
@@ -205,8 +210,9 @@ class Federation:
     def save(self, folder: Path) -> None:
         """Write all of it, whole or not at all."""
         tensors = {f"{part}/{name}": each for part in PARTS for name, each in getattr(self, part).items()}
-        header = {"schema": SCHEMA, "terms": asdict(self.terms), "sites": self.sites, "digest": digest_of(tensors)}
-        write_atomic(folder / STATE, pack({**header, "records": list(map(asdict, self.records))}, tensors))
+        header = {"schema": SCHEMA, "terms": asdict(self.terms), "sites": self.sites, "said": self.said}
+        records = list(map(asdict, self.records))
+        write_atomic(folder / STATE, pack({**header, "digest": digest_of(tensors), "records": records}, tensors))
 
     def load(self, folder: Path) -> bool:
         """Go on from what `save` wrote; whether there was anything.
@@ -217,25 +223,51 @@ class Federation:
         path = folder / STATE
         if not path.is_file():
             return False
-        try:
-            header, tensors = unpack(path.read_bytes())
-            records = [RoundRecord(**record) for record in header["records"]]
-            schema, terms, sites = header["schema"], header["terms"], header["sites"]
-            if header["digest"] != digest_of(tensors):
-                raise ValueError
-        except (*BROKEN, OSError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}); remove {folder} to begin again") from error
+        header, tensors = read_state(path)
+        schema, terms = header["schema"], header["terms"]
         stood, fixed = (within(tensors, part) for part in PARTS)
         odd = [key for key, value in asdict(self.terms).items() if terms.get(key) != value]
         if schema != SCHEMA or odd or {n: form_of(t) for n, t in stood.items()} != self._forms:
             said = ", ".join(odd) or "schema, or something else that learns"
             raise UserError(f"{path} is of a federation with another {said}; name another folder with --out")
-        self.tensors, self.fixed, self.sites, self.records = stood, fixed, sites, records
+        self.tensors, self.fixed, self.records = stood, fixed, header["records"]
+        self.sites, self.said = header["sites"], header["said"]
         return True
 
     @property
     def _forms(self) -> dict[str, Form]:
         return {name: form_of(tensor) for name, tensor in self.tensors.items()}
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Header and tensors of a state.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        header, tensors = unpack(path.read_bytes())
+        found = {key: header[key] for key in ("schema", "terms", "sites", "said")}
+        if header["digest"] != digest_of(tensors):
+            raise ValueError
+        return found | {"records": [RoundRecord(**record) for record in header["records"]]}, tensors
+    except (*BROKEN, OSError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); remove {path.parent} to begin again") from error
+
+
+def said_at_opening(folder: Path) -> dict[str, str]:
+    """sha256 of what each site said of its data, by name; nothing where no federation was begun.
+
+    Raises:
+        UserError: the state cannot be read.
+    """
+    path = folder / STATE
+    return dict(read_state(path)[0]["said"]) if path.is_file() else {}
+
+
+def digest_of_facts(facts: Facts) -> str:
+    """sha256 of all that a site says of its data."""
+    return hashlib.sha256(payload(facts)).hexdigest()
 
 
 def sift(answers: Sequence[Answer | Refusal], fault: Callable[[Answer], str]) -> tuple[list[Answer], dict[str, str]]:

@@ -22,7 +22,6 @@ from typing import cast
 import numpy as np
 import torch
 
-from ...engine.errors import UserError
 from ...engine.loop import Trainer
 from ...engine.metrics import Floats, Ints
 from ...engine.recipe import TrainSection
@@ -39,7 +38,7 @@ from ..peft.base import Tuned, learnt
 from ..peft.registry import describe
 from .averaging import apply_residual, as_one_adapter, from_fixed
 from .config import FederateSection
-from .exchange import Facts, Order, Update, payload
+from .exchange import Facts, Order, OtherEncoder, Update, payload
 from .proximal import Proximal
 from .start import lowered, start_digest, started, values
 
@@ -89,9 +88,7 @@ class Site:
             Preempted: stopped on a signal.
         """
         if order.base != self.base:
-            raise UserError(
-                f"site {self.name}: the federation tunes another encoder ({order.base[:12]}, here {self.base[:12]})"
-            )
+            raise OtherEncoder(f"the federation tunes another encoder ({order.base[:12]}, here {self.base[:12]})")
         objective = self.objective(order)
         run = Run(self.place / f"round-{order.round:03d}-{digest(order)}", "federate")
         recipe = self.recipe(order.round)

@@ -95,7 +95,12 @@ class Trial:
             weighting=section.weighting,
         )
         federation = Federation(terms, values(start), target.weights_of)
-        hold(federation, Together(sites), section.rounds, self.place(name), meter.advance)
+
+        def after(record: RoundRecord) -> None:
+            if record.round:  # the opening is none
+                meter.advance()
+
+        hold(federation, Together(sites), section.rounds, self.place(name), after)
         return federation
 
     # ------------------------------------------------------------------------------------------ telling

@@ -16,11 +16,15 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 
 import miram
+from miram.engine.config import load
 from miram.engine.errors import UserError, exit_code
 from miram.engine.loop import Trainer
+from miram.engine.objective import Objective
 from miram.engine.run import read_metrics
 from miram.finetune.distill import __main__ as command
-from miram.finetune.distill.stage import distill
+from miram.finetune.distill.config import DistillConfig
+from miram.finetune.distill.dmae import Dmae
+from miram.finetune.distill.stage import Distillation, distill
 from miram.pretrain.encoder import build_encoder, card_for, save_encoder
 
 KINDS = pytest.mark.parametrize("kind", ["dmae", "relations"])
@@ -147,6 +151,35 @@ def test_a_run_that_averages_its_weights_shares_one_teacher(
     assert sha256(tmp_path / "encoder.safetensors") != sha256(calm["dmae"] / "encoder.safetensors")
 
 
+def built(arguments: list[str]) -> Objective:
+    """What learns by a command line."""
+    settings = load(DistillConfig, "distill/demo", arguments)
+    card = card_for(settings.model.encoder, settings.model.size, settings.model.encoder_options)
+    return Distillation(settings).build(card)[0]
+
+
+@pytest.mark.parametrize(
+    ("depth", "student_depth", "blocks"),
+    [("0.5", "0.25", (2, 2)), ("0.25", "1.0", (1, 8)), ("0.5", "null", (2, 4)), ("1.0", "null", (4, 8))],
+)
+def test_the_student_is_read_at_its_own_depth_or_at_the_teacher_s(
+    depth: str, student_depth: str, blocks: tuple[int, int], arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    depths = [f"--distill.depth={depth}", f"--distill.student_depth={student_depth}"]
+    deep = "--model.encoder_options={depth: 8, embed_dim: 32, num_heads: 2}"
+    objective = built(arguments("dmae", tmp_path, deep, *depths))
+    assert isinstance(objective, Dmae)
+    assert (objective.teacher.block, objective.block) == blocks
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("dmae", (1.0, 1.0, 2.5)), ("relations", (2.5, 2.5))])
+def test_the_teacher_s_losses_have_the_weight_that_was_asked_for(
+    kind: str, weights: tuple[float, ...], arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    objective = built(arguments(kind, tmp_path, "--distill.weight=2.5"))
+    assert objective.loss_weights == weights
+
+
 def test_another_teacher_in_the_same_place_is_refused(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     place = make_teacher(tmp_path / "teacher")
     mine = arguments("relations", tmp_path / "run", f"--distill.teacher={place}")
@@ -214,3 +247,21 @@ def test_a_configuration_with_a_finetune_section_is_a_fine_tuning_s(
         ("encoder", "miram distill", ["--help"]),
     ]
     assert exit_code(lambda: command.start("miram distill", ["distill/dmeo"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("finetune: 3", "finetune"),
+        ("finetune: [1]", "finetune"),
+        ("finetune: {teacher: null}", r"finetune\.teacher is not set"),
+        ("finetune: {}", r"finetune\.teacher is not set"),
+    ],
+)
+def test_a_finetune_section_that_is_none_or_has_no_teacher_is_refused_by_name(
+    text: str, named: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "odd.yaml"
+    config.write_text(text)
+    with pytest.raises(UserError, match=named):
+        command.start("miram distill", [str(config)])

@@ -83,7 +83,7 @@ def federation() -> Federation:
 def held(carrier: Carrier, rounds: int, folder: Path) -> Federation:
     """A federation after so many rounds, and its state in the folder; it goes on from what is there."""
     made = federation()
-    hold(made, carrier, rounds, folder, lambda: None)
+    hold(made, carrier, rounds, folder, lambda _: None)
     return made
 
 

@@ -1,5 +1,6 @@
 """The server against what one computation over all images gives; sites are a few lines of linear regression."""
 
+import hashlib
 import itertools
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from miram.engine.errors import RunFailed, UserError
 from miram.finetune.federate.averaging import pairs
 from miram.finetune.federate.exchange import DATA, Facts, Refusal, Update, payload
-from miram.finetune.federate.server import STATE, Federation, Terms
+from miram.finetune.federate.server import STATE, Federation, Terms, said_at_opening
 
 BASE, START = "ab" * 32, "cd" * 32
 TERMS = Terms(BASE, START, classes=2, width=5)
@@ -263,6 +264,7 @@ def test_a_stopped_federation_goes_on_as_if_it_had_not_been(stop, tmp_path):
     again = Federation(TERMS, {"head.weight": torch.zeros(5, dtype=torch.float64)})
     assert again.load(tmp_path)
     assert (again.closed, again.sites) == (stop, SIZES)
+    assert again.said == {p.name: hashlib.sha256(payload(p.facts())).hexdigest() for p in parties()}
     while again.closed < 4:
         again.close(answers(again))
     assert payload(again.order()) == payload(whole.order())
@@ -271,6 +273,7 @@ def test_a_stopped_federation_goes_on_as_if_it_had_not_been(stop, tmp_path):
 
 def test_there_may_be_nothing_to_go_on_from(tmp_path):
     assert not Federation(TERMS, {}).load(tmp_path)
+    assert said_at_opening(tmp_path) == {}
 
 
 def test_the_residual_is_kept_too(tmp_path):

@@ -48,7 +48,7 @@ def federation(site: Site) -> Federation:
 def held(sites: list[Site], place: Path, rounds: int = 1) -> Federation:
     """After some rounds."""
     server = federation(sites[0])
-    hold(server, Together(sites), rounds, place, lambda: None)
+    hold(server, Together(sites), rounds, place, lambda _: None)
     return server
 
 
@@ -157,7 +157,7 @@ def test_a_poisoned_site_is_refused_by_name_and_the_round_is_that_of_the_others(
 
     object.__setattr__(bad, "train", poisoned)
     server = federation(good)
-    hold(server, Together([good, bad]), 1, tmp_path / "x", lambda: None)
+    hold(server, Together([good, bad]), 1, tmp_path / "x", lambda _: None)
     assert server.records[1].sites == ["good"]
     assert list(server.records[1].refused) == ["bad"]
     assert "not finite" in server.records[1].refused["bad"]
@@ -172,7 +172,7 @@ def test_a_site_with_another_encoder_takes_no_part(phantoms: Path, tmp_path: Pat
     good, other = (party(phantoms, tmp_path, slice(0, 2), "good"), party(phantoms, tmp_path, slice(2, None), "other"))
     nn.init.zeros_(other.bench.encoder.norm.weight)
     server = federation(good)
-    hold(server, Together([good, other]), 1, tmp_path / "x", lambda: None)
+    hold(server, Together([good, other]), 1, tmp_path / "x", lambda _: None)
     assert server.records[0].refused == {"other": "its encoder is another"}
     assert server.records[1].sites == ["good"]
     with pytest.raises(UserError, match="another encoder"):
@@ -193,7 +193,7 @@ def test_nothing_of_images_patients_or_paths_is_in_a_message(phantoms: Path, tmp
     update = site.train(order)
     rows = site.bench.shards.rows
     words = {str(value) for name in ("key", "patient", "exam", "shard") for value in rows.column(name)}
-    words |= {"secret-place", str(phantoms), phantoms.name, Path.cwd().name, Path.home().name}
+    words |= {"secret-place", str(tmp_path), str(phantoms), str(Path.cwd()), str(Path.home())}
     contents = [payload(message) for message in (facts, order, update)]
     for content in contents:
         assert not [word for word in words if len(word) > 3 and word.encode() in content]
