@@ -217,7 +217,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to make; default: RUN/export/FORMAT.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Where the encoder lies, if it was moved.")] = None,
     merge_tokens: Annotated[
-        str | None, typer.Option(help="Of onnx: tokens merged a block (8), or their share (0.1).")
+        str | None, typer.Option(help="Of onnx: tokens merged a block (8), or their share, up to 0.5 (0.1).")
     ] = None,
     margin: Annotated[
         float, typer.Option(min=0, help="Most that the leading figure may fall by, for int8 and merged tokens.")

@@ -40,7 +40,7 @@ from .classify.telling import say
 from .classify.units import counted
 from .examples import explained
 from .sealed import CARD
-from .seen import lineage
+from .seen import data_of, lineage
 
 UNNAMED = ""  # a typing error in a key is to be said before that no images are named
 
@@ -242,7 +242,7 @@ def notes(locked: Locked, shards: ShardDataset, labelled: Labelled, settings: Ev
         told = ", ".join(f"{name!r} ({count})" for name, count in labelled.left_out.items())
         lines.append(f"Labels that no class of the model takes, and their images: {told}.")
     kin = lineage(read_provenance(settings.encoder or card.encoder))
-    if {(part["dataset"], part["records"]) for one in kin for part in one.get("data", [])} & records_of(shards):
+    if set().union(*map(data_of, kin)) & records_of(shards):
         lines.append("The encoder, or one that it comes from, was pretrained on this data set, without labels.")
     ingested = {f"{m['dataset']}: {told}." for m in shards.manifests if (told := other_settings(card, m))}
     return [*lines, *sorted(ingested)]

@@ -18,6 +18,12 @@ def lineage(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from lineage(provenance[kin])
 
 
+def data_of(provenance: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """(name, digest) of the data sets that one pretraining saw; a file that was edited may not say them."""
+    parts = provenance.get("data") or []
+    return {(part["dataset"], part["records"]) for part in parts if {"dataset", "records"} <= set(part)}
+
+
 def images_seen(shards: ShardDataset, data: DataSection, encoder: str, judged: Sequence[int]) -> int | None:
     """How many of the judged rows the encoder, or one that it comes from, was pretrained on; None: it cannot be told.
 
@@ -40,7 +46,7 @@ def rows_seen(
     shards: ShardDataset, data: DataSection, provenance: Mapping[str, Any], judged: Sequence[int]
 ) -> list[int] | None:
     """Those of the judged rows that one pretraining saw; None where that cannot be told."""
-    known = {(part["dataset"], part["records"]) for part in provenance.get("data", [])}
+    known = data_of(provenance)
     sources = zip(shards.roots, shards.manifests, strict=True)
     roots = {root for root, manifest in sources if (manifest["dataset"], manifest["records"]) in known}
     here = [i for i in judged if shards.root(i) in roots]

@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 from ...engine.files import sha256, write_atomic, write_json
+from ...pretrain.encoder import Encoder
 from ...version import __version__
-from .licences import FORBIDDEN, RESTRICTED, UNSTATED, forbids, terms_of
+from .licences import FORBIDDEN, RESTRICTED, UNSTATED, forbids, never_trained, terms_of, unknown
 from .parity import Parity, Written
 from .source import Source
 
@@ -94,15 +95,21 @@ def front_matter(source: Source, form: str, files: Sequence[str] = ()) -> str:
 
 
 def public(tree: Any) -> Any:
-    """Provenance without what names a place: where a start or a teacher lay, and what its file was called."""
+    """Provenance without what names a place: paths, where a start or a teacher lay, what its file was called."""
     if isinstance(tree, Mapping):
-        return {key: public(value) for key, value in tree.items() if key not in ("from", "file") or known(value)}
-    return [public(item) for item in tree] if isinstance(tree, list | tuple) else tree
+        kept = {key: value for key, value in tree.items() if not (is_path(key) or is_path(value))}
+        return {key: public(value) for key, value in kept.items() if key not in ("from", "file") or known(value)}
+    return [public(item) for item in tree if not is_path(item)] if isinstance(tree, list | tuple) else tree
+
+
+def is_path(text: Any) -> bool:
+    """Whether it may name a place on somebody's machine."""
+    return isinstance(text, str) and re.search(r"[/\\]|^~", text) is not None
 
 
 def known(name: Any) -> bool:
     """Whether it is a name that all the world uses."""
-    return str(name).partition(":")[0] in ("timm", "random") and not re.search(r"[/\\]", str(name))
+    return str(name).partition(":")[0] in ("timm", "random")
 
 
 def content_of(
@@ -240,9 +247,25 @@ def feature_lines(source: Source) -> Iterator[str]:
     if source.vit is None:
         yield "Features, before any classifier."
         return
-    pooled = "the class token" if source.vit.global_pool == "token" else "the mean of the patch tokens"
-    yield f"Features (batch, {source.vit.num_features}): {pooled} behind the last norm. Masked autoencoders are often"
+    vit, width = source.vit, source.vit.num_features
+    prefix, patches = vit.num_prefix_tokens, vit.patch_embed.num_patches
+    if not vit.global_pool:
+        yield f"Features (batch, {prefix + patches}, {width}): every token behind the last norm, {prefix} before those"
+        yield f"of the {patches} patches; nothing is pooled."
+        return
+    yield f"Features (batch, {width}): {pooled(vit)} behind the last norm. Masked autoencoders are often"
     yield "best read by the mean of their patch tokens, which the formats that give all tokens allow."
+
+
+def pooled(vit: Encoder) -> str:
+    """What timm makes of the tokens."""
+    tokens = "all tokens" if getattr(vit, "pool_include_prefix", False) else "the patch tokens"
+    return {
+        "token": "the class token",
+        "avg": f"the mean of {tokens}",
+        "max": f"the largest value of each channel over {tokens}",
+        "avgmax": f"half the sum of the mean and the largest value of each channel over {tokens}",
+    }.get(vit.global_pool, f"timm's pooling `{vit.global_pool}`")
 
 
 def threshold_lines(source: Source) -> Iterator[str]:
@@ -257,8 +280,10 @@ def data_lines(source: Source) -> Iterator[str]:
     """A table of data sets and licences."""
     yield "| data set | used for | licence | what that means for weights |"
     yield "|---|---|---|---|"
-    for x in source.licences or [{"dataset": "none", "used_for": "nothing", "licence": "none"}]:
-        terms = terms_of(x) if source.licences else "never trained"
+    none = not source.licences and never_trained(source.provenance)
+    nothing = {"dataset": "none", "used_for": "nothing", "licence": "none"} if none else unknown("training")
+    for x in source.licences or [nothing]:
+        terms = "never trained" if none else terms_of(x)
         yield f"| {cell(x['dataset'])} | {cell(x['used_for'])} | {cell(x['licence'])} | {cell(terms)} |"
     if source.trained_on:
         yield ""

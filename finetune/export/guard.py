@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.errors import RunFailed
+from ...engine.errors import RunFailed, UserError
 from ...engine.metrics import Estimate, Floats
 from ..classify.bootstrap import cell
 from ..classify.units import counted
@@ -70,7 +70,8 @@ def refuse_worse(change: Change, margin: float, what: str = "the export") -> Non
     Raises:
         RunFailed: the figure fell by more than the margin.
     """
-    if -change.difference.value > margin + 1e-9:  # a loss of the very margin is allowed, however it is rounded
+    # a loss of the very margin is allowed, however it is rounded; what is no number is not
+    if not -change.difference.value <= margin + 1e-9:
         low, high = change.difference.interval
         known = f" [{-high:.4f}, {-low:.4f}]" if math.isfinite(low) else ""
         raise RunFailed(
@@ -110,8 +111,18 @@ class Guard:
 
     @cached_property
     def judge(self) -> Judge:
-        """Its images, read once."""
-        return JUDGES[self.source.kind](self.source, self.run, self.asked, self.batch_size, self.replicates)
+        """Its images, read once.
+
+        Raises:
+            NotMeasured: there are none, and none were asked for.
+            UserError: there are none, or they do not fit.
+        """
+        try:
+            return JUDGES[self.source.kind](self.source, self.run, self.asked, self.batch_size, self.replicates)
+        except NotMeasured as why:
+            if self.asked.part:
+                raise UserError(str(why)) from why
+            raise
 
     @cached_property
     def before(self) -> Floats:

@@ -139,7 +139,14 @@ autoencoder = ViTMAEForPreTraining.from_pretrained("FOLDER/mae").eval()
 
 def pooling(vit: Encoder) -> str:
     """How timm's features are had of the tokens."""
-    how = "last_hidden_state[:, 0]" if vit.global_pool == "token" else "last_hidden_state[:, 1:].mean(1)"
+    tokens = "last_hidden_state" if getattr(vit, "pool_include_prefix", False) else "last_hidden_state[:, 1:]"
+    how = {
+        "": "last_hidden_state, every token: it pools nothing",
+        "token": "last_hidden_state[:, 0]",
+        "avg": f"{tokens}.mean(1)",
+        "max": f"{tokens}.amax(1)",
+        "avgmax": f"({tokens}.mean(1) + {tokens}.amax(1)) / 2",
+    }.get(vit.global_pool, f"timm's pooling {vit.global_pool} of last_hidden_state")
     return (
         f"timm's features of this encoder are {how}. Load ViTModel with add_pooling_layer=False: a pooler was never "
         "trained, so pooler_output means nothing."

@@ -62,7 +62,10 @@ def write_mae(source: Source, folder: Path) -> dict[str, Any]:
     ours = pretrained(source)
     section, scale = ours.settings.model, ours.settings.model.scales[0]
     assert source.vit is not None
-    shape = shape_of(source.vit) | {
+    shape = shape_of(source.vit)
+    if not shape["qkv_bias"]:  # one setting there for both
+        raise NoMae("its decoder's queries and keys have biases, its encoder's have none")
+    shape |= {
         "mask_ratio": section.mask_ratio,
         "norm_pix_loss": section.norm_pix,
         "decoder_hidden_size": scale.width,

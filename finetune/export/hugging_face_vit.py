@@ -32,6 +32,7 @@ NAMES = (  # by regular expression: our blocks' names, and theirs
 NO_PLACE = {  # parameters of timm's ViTs that transformers' lacks, by a part of their names
     "ls1.": "LayerScale",
     "reg_token": "register tokens",
+    "dist_token": "a distillation token",
     "q_norm.": "norms of queries and keys",
     "norm_pre.": "a norm before the blocks",
     "fc_norm.": "a norm after pooling",
@@ -54,8 +55,11 @@ def misfits(vit: Encoder, classifies: bool) -> Iterator[str]:
     if not isinstance(vit, VisionTransformer):
         yield "rotary positions"
         return
-    if vit.cls_token is None or vit.num_prefix_tokens != 1 + (vit.reg_token is not None):
+    if vit.cls_token is None:
         yield "a ViT without a class token"
+    told = sum(token is not None for token in (vit.cls_token, getattr(vit, "dist_token", None))) + vit.num_reg_tokens
+    if vit.num_prefix_tokens != told:
+        yield "other tokens before the patches than a class token"
     for name in vit.state_dict():
         yield from (said for part, said in NO_PLACE.items() if part in name)
     for block in vit.blocks:
@@ -66,7 +70,7 @@ def misfits(vit: Encoder, classifies: bool) -> Iterator[str]:
     if not isinstance(vit.norm, nn.LayerNorm) or not isinstance(vit.norm_pre, nn.Identity):
         yield "other norms than one behind the blocks"
     if classifies and vit.global_pool != "token":
-        yield f"a classifier of features pooled by {vit.global_pool}"
+        yield f"a classifier of features pooled by {vit.global_pool or 'nothing'}"
 
 
 def block_misfits(block: Block) -> Iterator[str]:
@@ -119,7 +123,7 @@ def renamed(vit: Encoder) -> Iterator[tuple[str, Tensor]]:
 
 def of_blocks(state: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a stack of timm's blocks under transformers' names."""
-    for name, tensor in state.items():
+    for name, tensor in {**zero_biases(state), **state}.items():
         if not name.startswith(ours):
             continue
         number, _, rest = name.removeprefix(ours).partition(".")
@@ -130,6 +134,12 @@ def of_blocks(state: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[t
         for pattern, name_there in NAMES:
             rest = re.sub(f"^{pattern}", name_there, rest)
         yield f"{theirs}{number}.{rest}", tensor
+
+
+def zero_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Biases that transformers always has, where timm may be built without them (proj_bias=False)."""
+    layers = ("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+    return {f"{n.removesuffix('weight')}bias": w.new_zeros(len(w)) for n, w in state.items() if n.endswith(layers)}
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -3,7 +3,8 @@
 FOLDER/model.int8.onnx          as model.onnx (onnx_file.py); both factors of a product are uint8, inputs as they come
 FOLDER/model.int8.safetensors   state of the network; of every int8 matrix NAME its parts NAME:qdata (int8), NAME:scale
                                 and NAME:zero_point, one a row
-FOLDER/model.int8.json          {"schema", "sha256": of the file, "torchao": its version}
+FOLDER/model.int8.json          {"schema", "sha256": of the file, "config": that of config.json or null, "torchao": its
+                                version}
 FOLDER/config.json              of a plain ViT, what timm builds it by (timm_folder.py)
 
 The matrices of linear layers only: convolutions, norms and attention stay in float32.
@@ -125,7 +126,8 @@ def write_quantised_tensors(source: Source, folder: Path, share: float) -> Writt
     built = [CONFIG] if source.vit is not None and write_config(source, folder) else []
     quantise(network)
     write_all(folder / TENSORS, parts(network))
-    write_json(folder / CARD, SCHEMA, {"sha256": sha256(folder / TENSORS), "torchao": version("torchao")})
+    digests = {"sha256": sha256(folder / TENSORS), "config": sha256(folder / CONFIG) if built else None}
+    write_json(folder / CARD, SCHEMA, {**digests, "torchao": version("torchao")})
     loaded = load_int8(folder, None if built else source.module)
     facts = facts_of("torchao", [folder / TENSORS], source, share)
     how = "on the CPU" if built else "on the CPU; network: the float32 one, read_source(RUN).module"
@@ -172,6 +174,18 @@ def parts(network: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def refuse_damaged(path: Path, digest: object) -> None:
+    """Refuse a file that is not what was written.
+
+    Raises:
+        UserError: it is not there, or is another.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not there; export the run again")
+    if sha256(path) != digest:
+        raise UserError(f"{path} is damaged; export the run again")
+
+
 def load_int8(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
     """What was written for torch.
 
@@ -188,10 +202,12 @@ def load_int8(folder: str | Path, network: nn.Module | None = None) -> nn.Module
     """
     folder = Path(folder)
     path = folder / TENSORS
-    if sha256(path) != read_json(folder / CARD, SCHEMA)["sha256"]:
-        raise UserError(f"{path} is damaged; export the run again")
-    if network is None and not (folder / CONFIG).is_file():
+    card = read_json(folder / CARD, SCHEMA)
+    refuse_damaged(path, card.get("sha256"))
+    if network is None and card.get("config") is None and not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no plain ViT; give load_int8 the network, which is read_source(RUN).module")
+    if network is None:
+        refuse_damaged(folder / CONFIG, card.get("config"))
     made = timm.create_model(f"local-dir:{folder}") if network is None else deepcopy(network)
     made = made.cpu().float().eval().requires_grad_(False)
     quantise(made)

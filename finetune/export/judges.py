@@ -23,7 +23,7 @@ from ...data.config import DataSection
 from ...data.opening import open_shards
 from ...data.shards import ShardDataset
 from ...data.views import Normalisation, windows
-from ...engine.config import load
+from ...engine.config import check, read_tree
 from ...engine.errors import UserError
 from ...engine.metrics import Floats, Ints, bootstrap_scores, headline, patient_bootstrap
 from ...pretrain.features import batched, image_means
@@ -39,7 +39,7 @@ from ..evaluate import labels_for
 from ..probes.linear import fit_linear
 from ..sealed import CARD, CLASSIFIER, SEGMENTER, read_card
 from ..segment.cases import Case, score_case
-from ..segment.config import SegmentConfig
+from ..segment.config import SegmentConfig, SegmentSection
 from ..segment.fits import rules_of
 from ..segment.inference import masked, probabilities
 from ..segment.judging import METRIC, draws_of
@@ -69,12 +69,17 @@ class Asking:
     split: str | None
     task: str | None
 
+    @property
+    def part(self) -> bool:
+        """Whether a split or task is named: then a measurement is wanted, and none must not pass in silence."""
+        return self.split is not None or self.task is not None
+
     def opened(self, own: DataSection | None) -> ShardDataset:
         """Those, or a run's own, of all splits.
 
         Raises:
             NotMeasured: none are named, and the run's cannot be read.
-            UserError: those that are named cannot be read.
+            UserError: those that are named, if only by split or task, cannot be read.
         """
         if self.data is not None:
             return open_shards(DataSection(shards=self.data, split=self.split))
@@ -83,6 +88,8 @@ class Asking:
         try:
             return open_shards(own.model_copy(update={"split": self.split}))
         except UserError as error:
+            if self.part:
+                raise
             raise NotMeasured(f"the run's own data cannot be read ({error}); name where it lies with --data") from error
 
     def unseen(self, shards: ShardDataset, patients: Strings, splits: Strings, of: Sequence[str]) -> Ints:
@@ -153,7 +160,9 @@ def read_settings(run: Path, schema: type[Settings]) -> Settings:
     if path is None:
         raise NotMeasured(f"{run} is a model without its run, which knows what it was judged on; name its run")
     try:
-        return load(schema, str(path))
+        tree = read_tree(str(path))
+        tree.pop("federate", None)  # of a federation the rest is as `miram finetune` has it
+        return check(schema, tree, str(path))
     except UserError as error:
         raise NotMeasured(
             f"{path} does not say what the model is judged on; name labelled images with --data"
@@ -201,6 +210,22 @@ class OfClassifier:
 # ---------------------------------------------------------------------------------------------- segmenter
 
 
+def section_of(run: Path, card: SegmentCard, asked: Asking) -> tuple[SegmentSection, DataSection | None]:
+    """How a run reads masks, and its data; of a model without its run what the card says, if images are named.
+
+    Raises:
+        NotMeasured: there is no run, and no images are named.
+    """
+    try:
+        settings = read_settings(run, SegmentConfig)
+    except NotMeasured:
+        if asked.data is None:
+            raise
+        tissues = card.kind == "classes" and card.thresholds is None
+        return SegmentSection(task="tissues" if tissues else "lesions"), None
+    return settings.segment, settings.data
+
+
 class OfSegmenter:
     """Mean Dice of unseen patients' images with something on them."""
 
@@ -208,9 +233,9 @@ class OfSegmenter:
 
     def __init__(self, source: Source, run: Path, asked: Asking, batch_size: int, replicates: int):
         self.card = card = read_card(model_of(run), SEGMENTER, SegmentCard)
-        settings = read_settings(run, SegmentConfig)
-        self.section, self.replicates = settings.segment, replicates
-        self.shards, self.batch_size = asked.opened(settings.data), batch_size
+        self.section, own = section_of(run, card, asked)
+        self.replicates = replicates
+        self.shards, self.batch_size = asked.opened(own), batch_size
         self.asked = self.wanted(run)
         of: Task = self.asked.task
         with_findings = np.flatnonzero(of.truth == 1)

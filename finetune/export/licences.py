@@ -45,23 +45,43 @@ def provenance_of(encoder: str) -> dict[str, Any]:
 
 def of_pretraining(provenance: Mapping[str, Any], used_for: str = "pretraining") -> list[Licence]:
     """Every data set that the weights learnt from: the encoder's own, its start's and its teacher's."""
-    own = [{"dataset": p["dataset"], "licence": p["licence"], "used_for": used_for} for p in provenance.get("data", [])]
+    own = list(of_data(provenance.get("data"), used_for))
+    if not own and "objective" in provenance:  # it was trained, on what nobody wrote down
+        own = [unknown(used_for)]
     found = own + [
         licence
         for key, whose in (("init", "the encoder it started from"), ("teacher", "its teacher"))
         if (before := provenance.get(key))
         for licence in of_another(before, f"pretraining of {whose}")
     ]
-    return found or ([] if provenance else [unknown(used_for)])
+    return found or ([] if never_trained(provenance) else [unknown(used_for)])
 
 
-def of_another(before: Mapping[str, Any], used_for: str) -> list[Licence]:
+def of_data(rows: Any, used_for: str) -> Iterator[Licence]:
+    """The data sets that a provenance names; what was edited away is unknown."""
+    for row in rows if isinstance(rows, list | tuple) else [rows] if rows else []:
+        said = row if isinstance(row, Mapping) else {}
+        dataset, licence = (str(said.get(key) or "unknown") for key in ("dataset", "licence"))
+        yield {"dataset": dataset, "licence": licence, "used_for": used_for}
+
+
+def never_trained(provenance: Mapping[str, Any]) -> bool:
+    """Whether it says that weights are as they were drawn; one that says nothing does not."""
+    return provenance.keys() == {"init"} and origin(provenance["init"]).partition(":")[0] == NEVER_TRAINED
+
+
+def origin(before: Any) -> str:
+    """Where a start or a teacher is from."""
+    return str(before.get("from", "") if isinstance(before, Mapping) else before)
+
+
+def of_another(before: Any, used_for: str) -> list[Licence]:
     """The data behind a start or a teacher, which tell where they are from and, if ours, their provenance."""
-    name = str(before.get("from", ""))
+    name = origin(before)
     if name.partition(":")[0] == NEVER_TRAINED:
         return []
-    inside = before.get("provenance", before)
-    if any(key in inside for key in ("data", "init", "teacher")):
+    inside = before.get("provenance", before) if isinstance(before, Mapping) else {}
+    if isinstance(inside, Mapping) and any(key in inside for key in ("data", "init", "teacher")):
         return of_pretraining(inside, used_for)
     public = name if name.startswith("timm:") else ""
     return [unknown(used_for, f"that of {public}" if public else "unknown")]
@@ -81,7 +101,8 @@ def of_tuning(home: Path, card: ModelCard | SegmentCard) -> Iterator[Licence]:
         yield {"dataset": name, "licence": known.get((name, records), "unknown"), "used_for": "tuning"}
     if not card.trained_on.records:
         yield unknown("tuning")
-    teacher = settings_of(home).get("finetune", {}).get("teacher")
+    section = settings_of(home).get("finetune")
+    teacher = section.get("teacher") if isinstance(section, dict) else None
     if isinstance(teacher, dict):
         yield from of_teacher(str(teacher.get("run", "")), teacher.get("encoder"))
 
@@ -118,8 +139,9 @@ def shards_of(home: Path) -> ShardDataset | None:
 
 def home_of(run: Path) -> Path:
     """The run's folder, however it was named: by itself, by its model's folder or by its encoder's file."""
-    if run.is_file() or (run.name == "model" and (run.parent / "config.yaml").is_file()):
-        return run.parent
+    here = run.absolute()  # of "." neither name nor parent is told
+    if run.is_file() or (here.name == "model" and (here.parent / "config.yaml").is_file()):
+        return here.parent
     return run
 
 

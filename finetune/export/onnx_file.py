@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FILE = "model.onnx"
 SCHEMA = "miram.onnx/1"
+EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "compress": ("torchao",)}
 LIMIT = 1_800_000_000  # bytes of weights inside the file
 INPUT = "images"
 SAID = ("kind", "image_size", "channels", "mean", "std", "classes", "kind_of_task", "temperature", "thresholds")
@@ -113,6 +115,27 @@ def needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UserError(f"this export needs {error.name}, which is not here: pip install 'miram[{extra}]'") from error
+
+
+def refuse_lacking(*extras: str) -> None:
+    """Name all that is missing of several extras at once.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    gone = {extra: [name for name in EXTRAS[extra] if lacking(name)] for extra in extras}
+    if names := [name for of in gone.values() for name in of]:
+        wanted, verb = ",".join(extra for extra, of in gone.items() if of), "is" if len(names) == 1 else "are"
+        raise UserError(f"this export needs {', '.join(names)}, which {verb} not here: pip install 'miram[{wanted}]'")
+
+
+def lacking(package: str) -> bool:
+    """Whether a package is not installed."""
+    try:
+        import_module(package)
+    except ModuleNotFoundError:
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------- making it

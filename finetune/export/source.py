@@ -20,7 +20,7 @@ from ...pretrain.encoder import Encoder, load_ours, weights_digest
 from ..classify.cards import ModelCard, pixel_settings
 from ..classify.locked import read_locked
 from ..peft.base import Tuned
-from ..sealed import stage_of, word
+from ..sealed import stage_of
 from ..segment.decoders import EncoderDecoder
 from ..segment.locked import SegmentCard, read_segmenter
 from .licences import NEVER_TRAINED, Licence, home_of, of_pretraining, of_tuning, provenance_of
@@ -101,7 +101,7 @@ def read_source(run: str | Path, encoder: str | None = None) -> Source:
         RunFailed: the model with its adapter merged computes something else.
     """
     folder = Path(run)
-    stage = word(folder / "state.json", "stage") or stage_of(folder)
+    stage = stage_at(folder)
     with torch.random.fork_rng():
         if stage == "segment":
             found = of_segmenter(folder, encoder)
@@ -116,6 +116,20 @@ def read_source(run: str | Path, encoder: str | None = None) -> Source:
     return found
 
 
+def stage_at(folder: Path) -> str:
+    """The stage of a run, of a model's folder, or of the run that an encoder's file lies in; "" where none is told.
+
+    Raises:
+        UserError: the run's state is damaged, so nobody knows whether it is finished.
+    """
+    state = (folder.parent if folder.is_file() else folder) / "state.json"
+    if not state.exists():
+        return stage_of(folder)
+    if not (stage := read_json(state, STATE).get("stage")):
+        raise UserError(f"{state} is damaged: it names no stage; repeat the command that made the run")
+    return str(stage)
+
+
 # ---------------------------------------------------------------------------------------------- the three kinds
 
 
@@ -128,7 +142,7 @@ def of_encoder(folder: Path, stage: str) -> Source:
     if not folder.exists():
         raise UserError(f"{folder} is not there; name a finished run, a folder of `miram convert` or an encoder's file")
     if stage:
-        refuse_unready(folder, stage)
+        refuse_unready(home_of(folder), stage)
     vit, card = load_ours(str(folder))
     return Source(
         kind="encoder",

@@ -13,10 +13,12 @@ something else on purpose (int8, merged tokens) is measured on labelled images, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...data.config import DataSection
 from ...data.opening import open_shards
@@ -25,12 +27,12 @@ from ...data.views import Normalisation
 from ...engine.errors import RunFailed, UserError, did_you_mean
 from ...engine.files import read_json
 from ..sealed import whole_folder
-from .card import CARD, EXPORT, release_of, write_card
+from .card import CARD, EXPORT, README, release_of, write_card
 from .guard import Change, Guard, NotMeasured, refuse_worse
 from .hugging_face import write_hf
 from .int8 import ENGINES, write_int8
 from .licences import forbids, home_of, shards_of
-from .onnx_file import write_onnx
+from .onnx_file import refuse_lacking, write_onnx
 from .parity import Agreement, Parity, Written, agreement, inputs_for, parity, refuse_other
 from .source import Source, read_source
 from .timm_folder import write_timm
@@ -58,7 +60,7 @@ def export(
         to: timm, hf, onnx or int8.
         out: folder to write; None: RUN/export/FORMAT.
         encoder: where a tuned model's encoder now lies, if no longer where the run found it.
-        merge_tokens: of onnx: tokens that every block merges, or the share of them below 1.
+        merge_tokens: of onnx: tokens that every block merges, or the share of them up to 0.5.
         margin: by so much the figure of an int8 or merged network may fall.
         data: labelled images to measure that on; None: those of the run that it did not learn from.
         split: of the data; None: all.
@@ -72,6 +74,8 @@ def export(
         UserError: the run, its encoder or the data is not usable, or the format cannot hold the network.
         RunFailed: what was written computes something else, or lost more than the margin; nothing is left of it.
     """
+    if not 0 <= margin < math.inf:
+        raise UserError(f"--margin {margin:g}: give a number from 0 up, as 0.01")
     if to not in FORMATS:
         raise UserError(f"--to {to}: no such format{did_you_mean(to, list(FORMATS))}")
     if merge_tokens is not None and to != "onnx":
@@ -79,7 +83,8 @@ def export(
     source = read_source(run, encoder)
     form = to if merge_tokens is None else f"{to}-merged-{merge_tokens:g}"
     home = home_of(Path(run))
-    folder = out or home / "export" / form
+    folder = home / "export" / form if out is None else out.absolute()
+    refuse_place(folder)
     refuse_taken(folder, source, ours=out is None)
     shards = shards_of(home) if data is None else open_shards(DataSection(shards=[*data], split=split))
     guard = Guard(source, run, data, split, task, batch_size=batch_size)
@@ -103,8 +108,8 @@ def merging(text: str | None) -> int | float | None:
         found = int(text) if text.isdecimal() else float(text)
     except ValueError:
         found = -1.0
-    if found < 0 or (isinstance(found, float) and found >= 1):
-        raise UserError(f"--merge-tokens {text}: give whole tokens a block, as 8, or a share below 1, as 0.1")
+    if not (0 <= found <= 0.5 if isinstance(found, float) else found >= 0):
+        raise UserError(f"--merge-tokens {text}: give whole tokens a block, as 8, or a share up to 0.5, as 0.1")
     return found
 
 
@@ -115,6 +120,7 @@ def written(source: Source, to: str, folder: Path, merge_tokens: int | float | N
         UserError: it cannot hold the network.
     """
     if to == "int8":
+        refuse_lacking("onnx", "compress")
         return [write_int8(source, folder, engine) for engine in ENGINES]
     if to == "onnx":
         return [write_onnx(source, folder, merge_tokens)]
@@ -135,6 +141,18 @@ def whole(folder: Path) -> Iterator[Path]:
         raise
 
 
+def refuse_place(folder: Path) -> None:
+    """Refuse what cannot be a folder of the export's own: it is renamed into its place.
+
+    Raises:
+        UserError: it is a link, or the working folder is inside it.
+    """
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link; name the folder itself with --out")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} is the folder you are in, or above it; name one to make with --out")
+
+
 def refuse_taken(folder: Path, source: Source, ours: bool) -> None:
     """Refuse to replace what is no earlier export of the same weights; `ours`: the run's own place for it.
 
@@ -143,11 +161,29 @@ def refuse_taken(folder: Path, source: Source, ours: bool) -> None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not (folder / CARD).is_file():
+    earlier = earlier_export(folder)
+    if earlier is None:
         raise UserError(f"{folder} is there and no export of miram; name another folder with --out")
-    digest = read_json(folder / CARD, EXPORT)["source"]["digest"]
+    digest, files = earlier
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+    if others := sorted(there - {*files, CARD, README}):
+        raise UserError(
+            f"{folder} holds what no export of miram wrote ({', '.join(others[:4])}); move it, or name another folder "
+            "with --out"
+        )
     if digest != source.digest and not ours:
         raise UserError(f"{folder} holds the export of other weights ({digest[:12]}); name another folder with --out")
+
+
+def earlier_export(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Digest of the weights that an export is of, and its files; None where its card does not say."""
+    try:
+        content = read_json(folder / CARD, EXPORT)
+    except UserError:
+        return None
+    source, files = content.get("source"), content.get("files")
+    digest = source.get("digest") if isinstance(source, dict) else None
+    return (digest, files) if isinstance(digest, str) and isinstance(files, dict) else None
 
 
 # ---------------------------------------------------------------------------------------------- examining it

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from lockables import lock, write_encoder
 from torch import Tensor, nn
+from vits import pictures, small
 
 from miram.data.sources import cbis, cmmd, embed, inbreast, mias, rsna, vindr
 from miram.engine.errors import RunFailed, UserError
@@ -112,7 +113,46 @@ def test_provenance_loses_its_places(tmp_path: Path) -> None:
     assert "secret" not in text
 
 
+def test_no_string_of_a_provenance_that_may_be_a_path_is_told(tmp_path: Path) -> None:
+    secret = ["/root/secret", "C:\\secret", "~secret", "runs/secret"]
+    provenance = {
+        "objective": "dmae",
+        "note": secret[0],
+        "notes": [*secret, "kept", {"deep": [secret[1]], secret[3]: 1}],
+        "teacher": {"provenance": {"init": {"from": "timm:vit_tiny_patch16_224", "at": secret[2]}}},
+    }
+    content, text, _ = card_of(tmp_path, source_with(PHANTOM, provenance=provenance))
+    assert content["source"]["provenance"] == {
+        "objective": "dmae",
+        "notes": ["kept", {"deep": []}],
+        "teacher": {"provenance": {"init": {"from": "timm:vit_tiny_patch16_224"}}},
+    }
+    assert "secret" not in text
+
+
 # ---------------------------------------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, r"Features \(batch, 48\): the class token behind"),
+        ({"global_pool": "avg"}, r"\(batch, 48\): the mean of the patch tokens behind"),
+        ({"global_pool": "avg", "pool_include_prefix": True}, r"\(batch, 48\): the mean of all tokens behind"),
+        ({"global_pool": "max"}, r"\(batch, 48\): the largest value of each channel over the patch tokens"),
+        ({"global_pool": "avgmax"}, r"\(batch, 48\): half the sum of the mean and the largest value of each channel"),
+        ({"global_pool": "map"}, r"\(batch, 48\): timm's pooling `map` behind"),
+        (
+            {"global_pool": ""},
+            r"\(batch, 17, 48\): every token .*, 1 before those\s+of the 16 patches; nothing is pooled",
+        ),
+    ],
+)
+def test_features_are_called_what_timm_makes_of_the_tokens(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    vit = small(fc_norm=False, **options)
+    _, text, _ = card_of(tmp_path, source_with(PHANTOM, vit=vit))
+    assert re.search(said, text)
+    assert f"Features (batch, {', '.join(map(str, vit(pictures(vit)).shape[1:]))}):" in text
 
 
 def test_the_card_tells_an_engineer_what_goes_in_what_comes_out_and_what_yes_means(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ from miram.engine.metrics import Estimate
 from miram.finetune.classify.config import FinetuneConfig
 from miram.finetune.classify.locked import read_locked
 from miram.finetune.export.guard import Change, Guard, NotMeasured, refuse_worse
+from miram.finetune.export.judges import Asking, section_of
 from miram.finetune.export.source import Source, read_source
+from miram.finetune.segment.config import SegmentSection
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,58 @@ def test_without_images_nothing_is_measured_and_the_reason_is_said(
         Guard(source, moved).change(source.module)
 
 
+@pytest.mark.parametrize("asked", [{"split": "tset"}, {"split": "train"}, {"task": "mass"}])
+def test_who_names_a_part_of_the_images_is_told_where_it_cannot_be_measured(
+    asked: dict[str, Any], tuned: Path, encoder: Path, tmp_path: Path
+) -> None:
+    source = read_source(tuned)
+    cases = [(read_source(encoder), encoder, "name them with --data")]
+    if "split" in asked:
+        cases += [(source, tuned, "tset" if asked["split"] == "tset" else "learnt from all")]
+    moved = Path(shutil.copytree(tuned, tmp_path / "moved"))
+    (moved / "config.yaml").write_text((tuned / "config.yaml").read_text().replace("shards: ", "shards: /nowhere"))
+    cases += [(source, moved, "/nowhere"), (source, moved / "model", "/nowhere")]
+    shutil.copytree(tuned / "model", tmp_path / "alone" / "model")
+    cases += [(source, tmp_path / "alone" / "model", "a model without its run")]
+    for of, place, said in cases:
+        with pytest.raises(UserError, match=said) as caught:
+            Guard(of, place, **asked).change(of.module)
+        assert not isinstance(caught.value, NotMeasured)
+
+
+def test_a_federation_is_judged_on_its_own_data_and_its_coordinator_on_none(tuned: Path, tmp_path: Path) -> None:
+    source = read_source(tuned)
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
+    config, section = (tuned / "config.yaml").read_text(), "federate:\n  sites: 3\n"
+    (run / "config.yaml").write_text(config + section)
+    own = Guard(source, tuned, replicates=20).change(source.module)
+    assert Guard(source, run, replicates=20).change(source.module) == own
+    (run / "config.yaml").write_text("schema: miram.plan/1\n" + section)  # as a coordinator keeps its plan
+    with pytest.raises(NotMeasured, match="does not say what the model is judged on"):
+        Guard(source, run).change(source.module)
+    (run / "config.yaml").write_text(config.replace("shards: ", "shards: /nowhere") + section)
+    with pytest.raises(NotMeasured, match="/nowhere"):
+        Guard(source, run).change(source.module)
+
+
+def test_a_segmenter_without_its_run_is_judged_by_its_card_on_images_that_are_named(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    about = (("background", "mass"), "instances", (0.5,))
+    assert read_section(tmp_path, sealed(*about), named=True).task == "lesions"
+    assert read_section(tmp_path, sealed(("background", "fat"), "classes", None), named=True).task == "tissues"
+    with pytest.raises(NotMeasured, match="a model without its run"):
+        read_section(tmp_path, sealed(*about), named=False)
+
+
+def sealed(classes: tuple[str, ...], kind: str, thresholds: tuple[float, ...] | None) -> Any:
+    return SimpleNamespace(classes=classes, kind=kind, thresholds=thresholds, smallest=3)
+
+
+def read_section(run: Path, card: Any, named: bool) -> SegmentSection:
+    return section_of(run, card, Asking("named" if named else None, None, None))[0]
+
+
 def test_an_encoder_is_judged_by_a_probe_of_its_features(phantoms: Path, encoder: Path) -> None:
     source = read_source(encoder)
 
@@ -146,6 +202,14 @@ def test_a_loss_beyond_the_margin_stops_the_export_and_says_how_large_it_is() ->
     refuse_worse(better, 0.0)
 
 
+def test_a_margin_or_a_change_that_is_no_number_stops_the_export() -> None:
+    nan = float("nan")
+    with pytest.raises(RunFailed):
+        refuse_worse(CHANGE, nan)
+    with pytest.raises(RunFailed):
+        refuse_worse(Change("AUC", "mass", "test", CHANGE.before, CHANGE.after, Estimate(nan, (nan, nan)), 40, 10), 0.1)
+
+
 def test_a_change_is_told_with_its_intervals() -> None:
     assert CHANGE.sentence == (
         "AUC of mass (test; 40 images of 10 patients): 0.8000 [0.7000, 0.9000] before, 0.7500 [0.6500, 0.8500] after; "
@@ -170,3 +234,8 @@ def test_a_segmenter_is_judged_by_the_dice_of_images_it_did_not_learn_from(phant
 
     change = Guard(source, made.folder, replicates=40).change(nothing)
     assert (change.after.value, change.metric) == (0, "mean Dice")
+    copied = Path(shutil.copytree(made.folder / "model", tmp_path / "copied"))
+    named = Guard(source, copied, [str(phantoms)], "test", replicates=40).change(nothing)
+    assert (named.before.value, named.after.value) == (pytest.approx(own.before.value), 0)
+    with pytest.raises(NotMeasured):
+        Guard(source, copied).change(nothing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ PLAIN: dict[str, dict[str, object]] = {
     "not square": {"image": (64, 32)},
     "three channels": {"in_chans": 3},
     "no qkv bias": {"qkv_bias": False},
+    "no biases behind attention and in the MLP": {"proj_bias": False},
     "no position of the class token": {"no_embed_class": True},
     "mean of patches": {"global_pool": "avg", "fc_norm": False},
 }
@@ -54,6 +56,28 @@ def test_transformers_sees_every_token_as_timm_does(kind: str, tmp_path: Path) -
     assert sorted(written.files) == sorted(path.name for path in tmp_path.iterdir())
     pooled = "last_hidden_state[:, 1:].mean(1)" if kind == "mean of patches" else "last_hidden_state[:, 0]"
     assert any(pooled in note for note in written.notes)
+
+
+POOLED: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "": ("last_hidden_state, every token", lambda x: x),
+    "token": ("last_hidden_state[:, 0]", lambda x: x[:, 0]),
+    "avg": ("last_hidden_state[:, 1:].mean(1)", lambda x: x[:, 1:].mean(1)),
+    "max": ("last_hidden_state[:, 1:].amax(1)", lambda x: x[:, 1:].amax(1)),
+    "avgmax": (
+        "(last_hidden_state[:, 1:].mean(1) + last_hidden_state[:, 1:].amax(1)) / 2",
+        lambda x: (x[:, 1:].mean(1) + x[:, 1:].amax(1)) / 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", POOLED)
+def test_the_note_tells_how_timms_features_are_had_of_the_tokens(kind: str, tmp_path: Path) -> None:
+    vit = small(global_pool=kind, fc_norm=False)
+    said, pool = POOLED[kind]
+    notes = write_hf(of_vit(vit), tmp_path).notes
+    assert any(f"timm's features of this encoder are {said}" in note for note in notes)
+    images = pictures(vit)
+    torch.testing.assert_close(pool(tokens_of(tmp_path, images)), vit(images), rtol=0, atol=1e-5)
 
 
 def test_our_own_loader_reads_the_folder_back(tmp_path: Path) -> None:
@@ -86,6 +110,13 @@ def test_what_transformers_has_no_place_for_is_refused_by_name(kind: str, tmp_pa
     with pytest.raises(UserError, match=f"no place for .*{REFUSED[kind]}.*use --to timm or --to onnx"):
         write_hf(of_vit(VITS[kind]()), tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_only_a_vit_without_a_class_token_is_said_to_have_none(tmp_path: Path) -> None:
+    others = {"register tokens": small(reg_tokens=2), "a distillation token": small("deit_tiny_distilled_patch16_224")}
+    for said, vit in others.items():
+        with pytest.raises(UserError, match=f"no place for {said}; use --to timm"):
+            write_hf(of_vit(vit), tmp_path)
 
 
 def test_registers_and_an_activation_are_refused_too(tmp_path: Path) -> None:
@@ -177,6 +208,15 @@ def test_without_its_decoder_the_encoder_goes_alone(change: object, said: str, m
     change(copy)
     folder = export(copy, "hf")
     assert not (folder / "mae").exists()
+    assert any(said in note for note in json.loads((folder / CARD).read_text())["notes"])
+
+
+def test_a_decoder_with_biases_that_its_encoder_lacks_is_left_out(tiny: list[str], tmp_path: Path) -> None:
+    options = [ONE_SCALE, "--train.steps=1", "--model.encoder_options.qkv_bias=false"]
+    pretrain("pretrain/demo", [*tiny, *options, f"--out={tmp_path / 'run'}"])
+    folder = export(tmp_path / "run", "hf")
+    assert not (folder / "mae").exists()
+    said = "its decoder's queries and keys have biases, its encoder's have none"
     assert any(said in note for note in json.loads((folder / CARD).read_text())["notes"])
 
 

@@ -70,6 +70,28 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         load_int8(tmp_path)
 
 
+@pytest.mark.parametrize("name", [TENSORS, CARD, CONFIG])
+@pytest.mark.parametrize("how", ["cut", "edited", "gone"])
+def test_whatever_file_is_cut_edited_or_gone_is_named(name: str, how: str, tmp_path: Path) -> None:
+    write_int8(classifier(), tmp_path, "torchao")
+    raw = (tmp_path / name).read_bytes()
+    if how == "gone":
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(raw[: len(raw) // 2] if how == "cut" else raw.replace(b"3", b"2", 1))
+    with pytest.raises(UserError, match=r"model\.int8|config\.json"):
+        load_int8(tmp_path)
+
+
+def test_a_folder_that_holds_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere/model\.int8\.json is not there"):
+        load_int8(tmp_path / "nowhere")
+    (tmp_path / CARD).write_text('{"schema": "miram.int8/1"}')
+    (tmp_path / TENSORS).write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged"):
+        load_int8(tmp_path)
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "torchao"])
 def test_a_network_without_linear_layers_is_refused(engine: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="int8 is of linear layers, and this segmenter has none; export it with --to"):

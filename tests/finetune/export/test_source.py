@@ -160,6 +160,23 @@ def test_no_encoder_is_refused_by_name(what: str, encoder: Path, tmp_path: Path)
         read_source(copy)
 
 
+def test_a_file_of_an_unfinished_run_is_no_more_finished_than_the_run(encoder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    finished(copy, "pretrain", "running")
+    for named in (copy, copy / "encoder.safetensors"):
+        with pytest.raises(UserError, match=r"is not finished \(running\); repeat"):
+            read_source(named)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema": "miram.other/1"}', f'{{"schema": "{STATE}"}}'])
+def test_a_damaged_state_is_refused_and_not_taken_for_none(text: str, encoder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    (copy / "state.json").write_text(text)
+    for named in (copy, copy / "encoder.safetensors"):
+        with pytest.raises(UserError, match=r"state\.json"):
+            read_source(named)
+
+
 def test_weights_that_are_not_finite_are_refused(encoder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(encoder, tmp_path / "copy"))
     state = load_file(copy / "encoder.safetensors")
