@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("kills", "workers"), [(3, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "workers"), [(6, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_no_trace(undisturbed: Path, tmp_path: Path, kills: int, workers: int) -> None:
     out, script, rng = tmp_path / "set", tmp_path / "ingest.py", random.Random(0)
     script.write_text(INGEST)
