@@ -91,7 +91,7 @@ class FederateConfig(Section):
         if self.train.blr != TrainSection.model_fields["blr"].default:
             raise ValueError("train.blr: set federate.lr, the learning rate itself")
         if self.federate.by is not None and self.federate.sites is not None:
-            raise ValueError("federate.by: a column or federate.sites says what the sites are, not both; set federate.sites=null")
+            raise ValueError("federate.by: federate.sites says what the sites are, too; set federate.sites=null")
         return self
 
     @property
