@@ -195,7 +195,8 @@ def readme(source: Source, form: str, content: Mapping[str, Any], written: Writt
         "Notes": [f"- {note}" for note in content["notes"]],
         "Limits": [f"- {limit}" for limit in content["limits"]],
     }
-    body = (["", f"## {name}", "", *lines] for name, lines in sections.items() if lines)
+    filled = {name: [*lines] for name, lines in sections.items()}
+    body = (["", f"## {name}", "", *lines] for name, lines in filled.items() if lines)
     head = ["---", front_matter(source, form, written.files).strip(), "---", "", f"# {title[source.kind]} ({form})"]
     ban = ["", f"**{content['release']}**"] if any(map(forbids, source.licences)) else []
     made = ["", f"Written by miram {__version__} from weights {source.digest[:16]}; export.json has every figure."]

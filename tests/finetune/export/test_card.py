@@ -48,6 +48,12 @@ def card_of(folder: Path, source: Source) -> tuple[dict[str, Any], str, dict[str
     return read_json(folder / CARD, EXPORT), text, yaml.safe_load(text.split("---")[1])
 
 
+def test_a_card_has_no_heading_with_nothing_under_it(tmp_path: Path) -> None:
+    _, text, _ = card_of(tmp_path, source_with())
+    assert "## Input" in text
+    assert not re.findall(r"^## .*\n+(?=## |\Z)", text, re.MULTILINE)
+
+
 # ---------------------------------------------------------------------------------------------- terms
 
 
